@@ -1,0 +1,18 @@
+"""What is being solved: noise paths, predictions, forward and reverse SDEs, the probability flow."""
+
+from .path import EDM as EDM
+from .path import VE as VE
+from .path import VP as VP
+from .path import Cosine as Cosine
+from .path import FromCoefficients as FromCoefficients
+from .path import FromFunctions as FromFunctions
+from .path import Linear as Linear
+from .path import Path as Path
+from .path import SubVP as SubVP
+from .path import Tabulated as Tabulated
+from .path import Trigonometric as Trigonometric
+from .prediction import Knot as Knot
+from .prediction import Prediction as Prediction
+from .problem import ForwardSDE as ForwardSDE
+from .problem import ProbabilityFlow as ProbabilityFlow
+from .problem import ReverseSDE as ReverseSDE

@@ -1,0 +1,71 @@
+"""Every error this package raises on purpose. A message names the argument, shows the value and says what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class ToolkitError(Exception):
+    """Base of all errors raised on purpose by sde, scores, solvers and benchmarks."""
+
+
+class InputError(ToolkitError, ValueError):
+    """An argument is wrong; nothing was computed."""
+
+
+class PathError(InputError):
+    """The noise path (alpha_t, sigma_t) is undefined, or not usable, at a time that was asked for."""
+
+
+class NetworkError(ToolkitError, RuntimeError):
+    """The network failed or returned something unusable.
+
+    ``step`` is the solver step (from 0), ``t`` the time and ``samples`` the indices of the offending rows, when known.
+    """
+
+    def __init__(
+        self, message: str, *, step: int | None = None, t: float | None = None, samples: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(message)
+        self.step, self.t, self.samples = step, t, samples
+
+
+class StepLimitError(ToolkitError, RuntimeError):
+    """An adaptive solver used up its budget. ``partial`` holds what was reached (may be None)."""
+
+    def __init__(self, message: str, *, t: float | None = None, rejected: int = 0, partial: Any = None) -> None:
+        super().__init__(message)
+        self.t, self.rejected, self.partial = t, rejected, partial
+
+
+class CallbackError(ToolkitError, RuntimeError):
+    """A user callback raised. ``step`` is the step after which it was called, ``x`` the state there."""
+
+    def __init__(self, message: str, *, step: int, x: Any = None) -> None:
+        super().__init__(message)
+        self.step, self.x = step, x
+
+
+class ToolkitWarning(UserWarning):
+    """Base of all warnings issued by this package."""
+
+
+class TrainModeWarning(ToolkitWarning):
+    """The network is in train mode and has layers that behave differently there (dropout, batch normalisation)."""
+
+
+class PrecisionWarning(ToolkitWarning):
+    """A tensor was cast because its dtype loses or wastes precision here."""
+
+
+class BudgetWarning(ToolkitWarning):
+    """A budget of network evaluations is below one step of the solver, so a lower order was used."""
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """', did you mean a or b?' for an unknown name, or the full list when nothing is near."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(names)}"

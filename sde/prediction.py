@@ -1,0 +1,140 @@
+"""What a network knows at (x, t): the pair (x0, eps) with alpha_t x0 + sigma_t eps = x.
+
+Every network output of the field is one linear row of that pair, y = a x0 + b eps. Given x and y the pair follows from
+
+    [alpha sigma] [x0 ]   [x]              x0  = (b x - sigma y) / det
+    [a     b    ] [eps] = [y]      hence   eps = (alpha y - a x) / det,    det = alpha b - sigma a.
+
+Where det = 0 the output says nothing about the pair beyond x itself (an eps network at alpha = 0, an x0 network at sigma = 0).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .path import Path
+
+
+class Knot(NamedTuple):
+    """A time with the path's values there, as Python floats: what a solver's coefficients are made of.
+
+    ``index`` of ``count`` steps is the knot's place in the grid; both are -1 for the stages inside a step.
+    """
+
+    t: float
+    alpha: float
+    sigma: float
+    lam: float  # log(alpha / sigma), +inf at sigma = 0, -inf at alpha = 0
+    dalpha: float
+    dsigma: float
+    g2: float  # g(t)^2 = 2 sigma (sigma' - f sigma) of dx = f x dt + g dw
+    index: int = -1
+    count: int = -1
+
+
+@dataclass
+class Prediction:
+    """The pair (x0, eps) at (x, t), both shaped like x: x0 = E[x_0 | x_t = x], eps = E[eps | x_t = x]."""
+
+    x0: Any
+    eps: Any
+
+    def combine(self, a: float, b: float) -> Any:
+        """The row a x0 + b eps."""
+        return a * self.x0 + b * self.eps
+
+
+Scalar = Any  # a float, or a tensor that broadcasts against the state
+
+
+class Row(NamedTuple):
+    """The coefficients (a, b) of y = a x0 + b eps at one time."""
+
+    a: Scalar
+    b: Scalar
+
+
+def _v_row(alpha: Scalar, sigma: Scalar, dalpha: Scalar, dsigma: Scalar, sigma_data: float) -> Row:
+    norm = (alpha * alpha + sigma * sigma) ** 0.5
+    return Row(-sigma / norm, alpha / norm)
+
+
+def _edm_row(alpha: Scalar, sigma: Scalar, dalpha: Scalar, dsigma: Scalar, sigma_data: float) -> Row:
+    # D = c_skip y + c_out F in EDM's own coordinates y = x / alpha, noise level sigma / alpha, solved for F.
+    norm = (sigma * sigma + (sigma_data * alpha) ** 2) ** 0.5
+    return Row(sigma / (sigma_data * norm), -sigma_data * alpha / norm)
+
+
+RowRule = Callable[[Scalar, Scalar, Scalar, Scalar, float], Row]
+
+#: What a network may predict, each as (alpha, sigma, alpha', sigma', sigma_data) -> (a, b) of y = a x0 + b eps.
+OUTPUTS: dict[str, RowRule] = {
+    "eps": lambda alpha, sigma, dalpha, dsigma, sigma_data: Row(0.0, 1.0),
+    "x0": lambda alpha, sigma, dalpha, dsigma, sigma_data: Row(1.0, 0.0),
+    "score": lambda alpha, sigma, dalpha, dsigma, sigma_data: Row(0.0, -1.0 / sigma if _nonzero(sigma) else -math.inf),
+    "v": _v_row,  # Salimans & Ho 2022: alpha eps - sigma x0, normalised where alpha^2 + sigma^2 is not 1
+    "velocity": lambda alpha, sigma, dalpha, dsigma, sigma_data: Row(dalpha, dsigma),  # dx/dt of the flow
+    "F": _edm_row,  # Karras et al. 2022, eq. 7
+}
+
+
+def _nonzero(sigma: Scalar) -> bool:
+    return isinstance(sigma, Tensor) or sigma != 0.0
+
+
+def solve_row(row: Row, alpha: Scalar, sigma: Scalar) -> tuple[Row, Row]:
+    """((p, q), (r, s)) with x0 = p x + q y and eps = r x + s y, for the output y of ``row``.
+
+    The caller has checked that det = alpha b - sigma a is finite and not 0.
+    """
+    a, b = row
+    det = alpha * b - sigma * a
+    return Row(b / det, -sigma / det), Row(-a / det, alpha / det)
+
+
+class Tally:
+    """Network evaluations of one run, counted where the network is called.
+
+    ``nfe`` counts calls on the batch, ``net_evals`` counts batches' worth of samples through the network (guidance doubles it).
+    """
+
+    __slots__ = ("nfe", "net_evals")
+
+    def __init__(self) -> None:
+        self.nfe = 0
+        self.net_evals = 0
+
+
+class Predictor(ABC):
+    """What solvers need of a score. ``scores.Score`` wraps a network; the exact scores of ``scores.analytic`` are the others."""
+
+    path: Path
+
+    @abstractmethod
+    def row(self, knot: Knot) -> Row:
+        """(a, b) of the raw output y = a x0 + b eps at this knot, as floats."""
+
+    @abstractmethod
+    def at(
+        self, knots: Sequence[Knot], x: Tensor, conditions: Mapping[str, Any], tally: Tally
+    ) -> list[Callable[[Tensor], Tensor]]:
+        """One function a knot: state -> raw output y, both of x's shape, dtype and device.
+
+        Everything that needs the host (labels, scalings, transfers) is prepared here, so that no call syncs with a device.
+        Each network call adds to ``tally``.
+        """
+
+    @abstractmethod
+    def predict(self, x: Tensor, t: Any, **conditions: Any) -> Prediction:
+        """The pair (x0, eps) at x and time t, a number or a tensor of shape () or (B,)."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor, t: Any, **conditions: Any) -> Tensor:
+        """The score grad_x log p_t(x), shaped like x."""

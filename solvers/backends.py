@@ -1,0 +1,250 @@
+"""torchdiffeq and torchsde behind the same call as every other solver.
+
+Both choose their own times between the grid's first and last one, so they have no table. torchdiffeq's step size is shared by the batch (its error
+norm is an average), hence a sample depends on its batch mates by rounding of the step control unless ``per_sample=True``.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sde.errors import InputError, StepLimitError
+from sde.prediction import Knot
+
+from .base import Evaluator
+
+Draw = Callable[[int, Knot, Knot, Tensor], Tensor]
+
+
+class Outcome(NamedTuple):
+    """What a back end hands back: the last state and its accepted and rejected steps."""
+
+    x: Tensor
+    accepted: int | None
+    rejected: int | None
+
+
+@dataclass(frozen=True)
+class TorchDiffEq:
+    """An adaptive Runge-Kutta pair of torchdiffeq on dx/dt = alpha' x0 + sigma' eps, between the ends of the grid.
+
+    The last step lands on the last time (torchdiffeq alone steps past it and calls the network there). ``max_nfe`` bounds the work; what is reached
+    then is the ``partial`` of a StepLimitError. ``per_sample`` integrates the samples one by one.
+    """
+
+    method: str
+    rtol: float = 1e-3
+    atol: float = 1e-3
+    max_nfe: int = 10_000
+    per_sample: bool = False
+
+    order = weak = strong = None
+    stages = 1
+    stochastic = takes_eta = False
+    linear = False
+    adaptive = True
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and 0.0 < value < math.inf):
+                raise InputError(f"{name}={value!r}: must be a number > 0")
+        if self.method not in ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"):
+            raise InputError(f"method={self.method!r}: use dopri5, dopri8, bosh3, fehlberg2 or adaptive_heun")
+        if isinstance(self.max_nfe, bool) or not isinstance(self.max_nfe, int) or self.max_nfe < 1:
+            raise InputError(f"max_nfe={self.max_nfe!r}: must be an int >= 1")
+
+    def solve(self, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Draw) -> Outcome:
+        for k in (grid[0], grid[-1]):
+            if not math.isfinite(k.dsigma + k.dalpha):
+                raise InputError(f"the slope of x in t is infinite at t = {k.t:g} (sigma' = {k.dsigma:g}): give start or stop off it, such as t_min")
+        if not self.per_sample:
+            return self._solve(evaluator, x, grid)
+        parts = [self._solve(evaluator, x[i : i + 1], grid) for i in range(len(x))]
+        return Outcome(torch.cat([p.x for p in parts]), sum(p.accepted or 0 for p in parts), sum(p.rejected or 0 for p in parts))
+
+    def _solve(self, evaluator: Evaluator, x: Tensor, grid: list[Knot]) -> Outcome:
+        from torchdiffeq import odeint
+
+        flow = _Flow(evaluator, grid[0], grid[-1], self.max_nfe)
+        times = torch.tensor([grid[0].t, grid[-1].t], dtype=torch.float64, device=x.device)
+        options = {"dtype": torch.float64, "step_t": times[-1:]}
+        try:
+            y = odeint(flow, x, times, rtol=self.rtol, atol=self.atol, method=self.method, options=options)
+        except AssertionError as error:  # torchdiffeq's "underflow in dt": the state or the slope is not finite
+            raise StepLimitError(
+                f"{self.method}: the step size vanished at t = {flow.last:g} ({error}): the field is not finite or too steep there; "
+                f"raise the tolerances (rtol={self.rtol:g}) or stop earlier",
+                t=flow.last,
+                rejected=flow.rejected,
+                partial=flow.state,
+            ) from error
+        return Outcome(y[-1], flow.accepted, flow.rejected)  # pyright: ignore[reportIndexIssue]
+
+
+class _Flow:
+    """The velocity as torchdiffeq's func(t, x), with its step callbacks."""
+
+    def __init__(self, evaluator: Evaluator, s: Knot, t: Knot, max_nfe: int) -> None:
+        self.evaluator, self.low, self.high, self.max_nfe = evaluator, min(s.t, t.t), max(s.t, t.t), max_nfe
+        self.ends, self.ends_at = {s.t: s, t.t: t}, t.t
+        self.accepted = self.rejected = 0
+        self.first = evaluator.tally.nfe
+        self.last, self.state = s.t, evaluator.x
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        if self.evaluator.tally.nfe - self.first >= self.max_nfe:
+            raise StepLimitError(
+                f"max_nfe={self.max_nfe} network calls used at t = {self.last:g} ({self.rejected} steps rejected): "
+                "raise max_nfe or the tolerances",
+                t=self.last,
+                rejected=self.rejected,
+                partial=self.state,
+            )
+        at = min(max(float(t), self.low), self.high)  # one ulp outside is the end itself
+        knot = self.ends.get(at) or self.evaluator.path.knot(at)
+        return self.evaluator.predict(x, knot).combine(knot.dalpha, knot.dsigma).to(x.dtype)
+
+    def callback_accept_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
+        self.accepted += 1
+        direction = 1.0 if self.ends_at == self.high else -1.0
+        self.last, self.state = float(t0) + direction * abs(float(dt)), y0
+
+    def callback_reject_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
+        self.rejected += 1
+
+
+@dataclass(frozen=True)
+class TorchSDE:
+    """A method of torchsde on the reverse SDE: "euler" and "milstein" (equal here) or "srk" (Roessler's SRA for additive noise, strong order 1.5).
+
+    Fixed steps follow the grid's number of steps, equal in t between its ends. Their normals come from ``sde.noise``, so sample i depends on (seed, i)
+    alone. With ``adaptive`` torchsde controls the step by ``rtol`` and ``atol`` and draws from its own BrownianInterval, shared by the batch. "srk" wants
+    the diffusion as (B, d, d), which bounds the state's size.
+    """
+
+    method: str
+    adaptive: bool = False
+    rtol: float = 1e-3
+    atol: float = 1e-3
+    max_nfe: int = 10_000
+
+    order = None
+    stochastic = takes_eta = True
+    linear = False
+
+    def __post_init__(self) -> None:
+        if self.method not in ("euler", "milstein", "srk"):
+            raise InputError(f"method={self.method!r}: use euler, milstein or srk")
+        if not (0.0 < self.rtol < math.inf and 0.0 < self.atol < math.inf):
+            raise InputError(f"rtol={self.rtol!r}, atol={self.atol!r}: must be > 0")
+
+    @property
+    def stages(self) -> int:
+        return 2 if self.method == "srk" else 1
+
+    @property
+    def weak(self) -> float | None:
+        return None if self.adaptive else 2.0 if self.method == "srk" else 1.0
+
+    @property
+    def strong(self) -> float | None:
+        return None if self.adaptive else 1.5 if self.method == "srk" else 1.0
+
+    def solve(self, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Draw) -> Outcome:
+        import torchsde
+
+        d = x[0].numel() if len(x) else 0
+        if self.method == "srk" and len(x) * d * d > 2**27:
+            raise InputError(f"torchsde's srk needs a diffusion of shape ({len(x)}, {d}, {d}): too large; use torchsde_euler or 'dpmpp_2m_sde'")
+        field = _Reverse(evaluator, grid, x.shape, self)
+        flat = x.reshape(len(x), d)
+        span = abs(grid[-1].t - grid[0].t)
+        clock = torch.tensor([0.0, span], dtype=torch.float64, device=x.device)
+        if self.adaptive:
+            first = draw(0, grid[0], grid[0], x)  # the run's seed, through its first normals
+            entropy = int(first.reshape(-1)[0].double().view(torch.int64)) & (2**31 - 1)
+            kind = "space-time" if self.method == "srk" else "none"
+            bm: Any = torchsde.BrownianInterval(
+                0.0, span, size=flat.shape, dtype=x.dtype, device=str(x.device), entropy=entropy, levy_area_approximation=kind
+            )
+        else:
+            bm = _Increments(draw, grid, x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchsde advises on its own defaults
+            y = torchsde.sdeint(
+                field, flat, clock, bm=bm, method=self.method, dt=span / (len(grid) - 1), adaptive=self.adaptive, rtol=self.rtol, atol=self.atol
+            )
+        return Outcome(y[-1].reshape(x.shape), None, None)
+
+
+class _Reverse:
+    """The reverse SDE in torchsde's increasing clock tau = t_0 - t."""
+
+    sde_type = "ito"
+
+    def __init__(self, evaluator: Evaluator, grid: list[Knot], shape: torch.Size, solver: TorchSDE) -> None:
+        self.evaluator, self.shape, self.solver = evaluator, shape, solver
+        self.start, self.stop = grid[0], grid[-1]
+        self.direction = 1.0 if self.stop.t > self.start.t else -1.0
+        self.noise_type = "additive" if solver.method == "srk" else "diagonal"
+        self._seen: tuple[float, Tensor, int] | None = None
+        self._value: Tensor | None = None
+
+    def _knot(self, tau: Any) -> Knot:
+        t = self.start.t + self.direction * float(tau)
+        t = min(max(t, min(self.start.t, self.stop.t)), max(self.start.t, self.stop.t))
+        return self.evaluator.path.knot(t)
+
+    def f(self, tau: Any, y: Tensor) -> Tensor:
+        # torchsde checks the contract with one call at the start, which is the first step's own: evaluated once
+        if self._seen is not None and self._seen[0] == float(tau) and self._seen[1] is y and self._seen[2] == y._version:
+            return self._value  # pyright: ignore[reportReturnType]
+        if self.evaluator.tally.nfe >= self.solver.max_nfe:
+            raise StepLimitError(f"max_nfe={self.solver.max_nfe} network calls used at t = {self._knot(tau).t:g}: raise max_nfe or the tolerances")
+        k = self._knot(tau)
+        eta = self.evaluator.eta(k)
+        extra = 0.0 if eta == 0.0 else 0.5 * eta * eta * k.g2 / k.sigma
+        drift = self.evaluator.predict(y.reshape(self.shape), k).combine(k.dalpha, k.dsigma + extra)
+        value = (self.direction * drift).reshape(y.shape)
+        self._seen, self._value = (float(tau), y, y._version), value
+        return value
+
+    def g(self, tau: Any, y: Tensor) -> Tensor:
+        k = self._knot(tau)
+        size = self.evaluator.eta(k) * math.sqrt(k.g2)
+        if self.noise_type == "diagonal":
+            return torch.full_like(y, size)
+        return (size * torch.eye(y.shape[1], dtype=y.dtype, device=y.device)).expand(y.shape[0], -1, -1)
+
+
+class _Increments:
+    """Brownian increments for torchsde's fixed steps, drawn a step at a time from ``sde.noise``; with the space-time area U where it is asked for."""
+
+    def __init__(self, draw: Draw, grid: list[Knot], x: Tensor) -> None:
+        self.draw, self.grid, self.x, self.count = draw, grid, x, 0
+        self.shape, self.dtype, self.device = (len(x), x[0].numel() if len(x) else 0), x.dtype, x.device
+        self.levy_area_approximation = "space-time"
+
+    def size(self) -> tuple[int, ...]:
+        return self.shape
+
+    def _normal(self) -> Tensor:
+        here = self.grid[0]
+        self.count += 1
+        return self.draw(self.count - 1, here, here, self.x).reshape(self.shape)
+
+    def __call__(self, ta: Any, tb: Any, return_U: bool = False, return_A: bool = False) -> Any:
+        h = float(tb) - float(ta)
+        w = math.sqrt(h) * self._normal()
+        if not return_U:
+            return w
+        # int_ta^tb (W_s - W_ta) ds = h (W/2 + H) with H ~ N(0, h/12) independent of W
+        return w, h * (0.5 * w + math.sqrt(h / 12.0) * self._normal())

@@ -1,0 +1,248 @@
+"""The only loop. A solver is a frozen dataclass with one pure ``step``; ``march`` applies it along a grid.
+
+``march`` never looks inside the state: with tensors it integrates, with the symbolic forms of ``plan.py`` it traces the solver to
+its table of numbers. Scalars are Python floats made on the host; tensors only meet ``scalar * tensor + scalar * tensor``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from sde.errors import NetworkError, PathError
+from sde.path import Path
+from sde.prediction import Knot, Prediction, Predictor, Row, Tally
+
+Form = Any  # a tensor, or a symbolic linear form while tracing
+
+
+class Step(NamedTuple):
+    """What a step returns: the state at t and whatever the next step wants handed back."""
+
+    x: Form
+    carry: Any = None
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """A rule for one step s -> t. Frozen and pure: arguments in, ``Step`` out, nothing kept on ``self``.
+
+    ``order`` is the order of the end point's error for eta = 0, ``weak`` that of its law and ``strong`` that of its path for eta > 0
+    (None where it does not apply). Declared numbers count the starting and the last step; the tests measure every one of them.
+    ``stages`` is the number of network calls of a full step; ``stochastic`` says that it may draw normals, ``takes_eta`` that it solves the
+    reverse SDE of any noise level eta >= 0 (else only the probability flow, eta = 0), ``linear`` that a step is a linear combination with
+    coefficients known beforehand, so that it can be traced.
+    """
+
+    @property
+    def order(self) -> float | None: ...
+    @property
+    def weak(self) -> float | None: ...
+    @property
+    def strong(self) -> float | None: ...
+    @property
+    def stages(self) -> int: ...
+    @property
+    def stochastic(self) -> bool: ...
+    @property
+    def takes_eta(self) -> bool: ...
+    @property
+    def linear(self) -> bool: ...
+
+    def step(self, problem: Problem, x: Form, s: Knot, t: Knot, carry: Any, noise: Noise) -> Step: ...
+
+
+class Problem(Protocol):
+    """The reverse SDE (or, with eta = 0, the probability flow) as a step sees it."""
+
+    path: Path
+
+    def predict(self, x: Form, knot: Knot) -> Prediction:
+        """One network evaluation: the pair (x0, eps) at (x, knot)."""
+        ...
+
+    def eta(self, knot: Knot) -> float:
+        """The noise level: diffusion / g at this knot."""
+        ...
+
+
+Noise = Callable[[Knot, Knot], Form]
+"""noise(s, t): unit normals of the step from s to t, that is (W_t - W_s) / sqrt|t - s| in the clock of ``sde.noise``; with s is t, normals
+that belong to no Brownian path (a corrector's)."""
+
+
+def march(
+    solver: Solver,
+    problem: Problem,
+    x: Form,
+    knots: Sequence[Knot],
+    noise: Noise,
+    after: Callable[[int, Form], Form] | None = None,
+) -> Form:
+    """Apply ``solver`` along ``knots``. ``after(i, x)`` may replace the state after step i (the tracer names it, a recorder copies it)."""
+    carry = None
+    for i in range(len(knots) - 1):
+        x, carry = solver.step(problem, x, knots[i], knots[i + 1], carry, noise)
+        if after is not None:
+            x = after(i, x)
+    return x
+
+
+def affine(row: Row, knot: Knot, c: float, d: float, what: str = "") -> tuple[float, float]:
+    """(u, v) with c x0 + d eps = u x + v y, where y = a x0 + b eps is the network's output.
+
+    Raises PathError where the output does not determine the combination: an eps network at alpha = 0 knows nothing of x0, an x0 network at
+    sigma = 0 nothing of eps.
+    """
+    a, b = row
+    det = knot.alpha * b - knot.sigma * a
+    if det != 0.0 and math.isfinite(det):
+        return (c * b - d * a) / det, (d * knot.alpha - c * knot.sigma) / det
+    if det == 0.0 and c * b == d * a:
+        return 0.0, (d / b if b != 0.0 else c / a)
+    if math.isfinite(det) and c * knot.sigma == d * knot.alpha:
+        return (c / knot.alpha if knot.alpha != 0.0 else d / knot.sigma), 0.0
+    name = _row_name(row)
+    if knot.alpha == 0.0:
+        raise PathError(
+            f"{name}-prediction is undefined at alpha = 0 (t = {knot.t:g}, zero terminal SNR): "
+            f"use a v, velocity or x0 network, or start below t = {knot.t:g}"
+        )
+    raise PathError(
+        f"{name}-prediction does not determine the pair (x0, eps) at t = {knot.t:g} "
+        f"(alpha = {knot.alpha:g}, sigma = {knot.sigma:g}): stop at a time with sigma > 0, such as the path's t_min"
+    )
+
+
+def _row_name(row: Row) -> str:
+    return {(0.0, 1.0): "eps", (1.0, 0.0): "x0"}.get((row[0], row[1]), "score" if math.isinf(row[1]) else "this")
+
+
+class Affine(Prediction):
+    """A prediction from a network's raw output, computed only as far as it is asked for."""
+
+    def __init__(self, x: Tensor, y: Tensor, row: Row, knot: Knot) -> None:
+        self._x, self._y, self._row, self._knot = x, y, row, knot
+
+    @property
+    def x0(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.combine(1.0, 0.0)
+
+    @property
+    def eps(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.combine(0.0, 1.0)
+
+    def combine(self, a: float, b: float) -> Tensor:
+        u, v = affine(self._row, self._knot, a, b)
+        return v * self._y if u == 0.0 else u * self._x + v * self._y
+
+
+@dataclass
+class Evaluator:
+    """One run's view of a score: functions prepared for all knots at once, calls counted at the network, errors told where they happened."""
+
+    score: Predictor
+    x: Tensor
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    eta_of: Callable[[Knot], float] = field(default=lambda knot: 0.0)
+    tally: Tally = field(default_factory=Tally)
+    _calls: dict[float, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return self.score.path
+
+    def eta(self, knot: Knot) -> float:
+        return self.eta_of(knot)
+
+    def prepare(self, knots: Sequence[Knot]) -> list[Callable[[Tensor], Tensor]]:
+        """The calls at these knots, prepared in one go so that the loop never waits for a device."""
+        calls = self.score.at(knots, self.x, self.conditions, self.tally)
+        self._calls.update((k.t, call) for k, call in zip(knots, calls, strict=True))
+        return calls
+
+    def output(self, x: Tensor, knot: Knot) -> Tensor:
+        """The network's raw output."""
+        call = self._calls.get(knot.t) or self.prepare([knot])[0]
+        return call(x)
+
+    def predict(self, x: Tensor, knot: Knot) -> Prediction:
+        return Affine(x, self.output(x, knot), self.score.row(knot), knot)
+
+
+@dataclass
+class Solution:
+    """What every solver returns.
+
+    ``x`` is the state at ``times[-1]``; ``nfe`` counts calls of the network on the batch and ``net_evals`` batches through it, both counted
+    where the network is called; ``times`` are the grid's; ``seconds`` is wall time. ``trajectory`` (steps + 1, B, ...) where asked for;
+    ``accepted`` and ``rejected`` count the steps of adaptive solvers.
+    """
+
+    x: Tensor
+    nfe: int
+    net_evals: int
+    times: Tensor
+    seconds: float
+    solver: str = ""
+    trajectory: Tensor | None = None
+    accepted: int | None = None
+    rejected: int | None = None
+
+
+def non_finite(x: Tensor) -> tuple[int, ...]:
+    """Indices of the samples that hold a NaN or an infinity (one device sync)."""
+    total = x.detach().sum()
+    if math.isfinite(float(total)):
+        return ()
+    bad = ~x.detach().isfinite().reshape(len(x), -1).all(dim=1)
+    return tuple(bad.nonzero().flatten().tolist())
+
+
+def describe(bad: tuple[int, ...], batch: int) -> str:
+    return f"{len(bad)} of {batch} samples (first: {bad[0]})"
+
+
+class FiniteCheck:
+    """Wraps an evaluator for the replay of a failed run: stops at the first network output or state that is not finite."""
+
+    def __init__(self, evaluator: Evaluator, solver: str, steps: int) -> None:
+        self.evaluator, self.solver, self.steps = evaluator, solver, steps
+        self.path, self.step, self.calls = evaluator.path, 0, 0
+
+    def eta(self, knot: Knot) -> float:
+        return self.evaluator.eta(knot)
+
+    def predict(self, x: Tensor, knot: Knot) -> Prediction:
+        y = self.evaluator.output(x, knot)
+        self.check(y, knot)
+        return Affine(x, y, self.evaluator.score.row(knot), knot)
+
+    def check(self, y: Tensor, knot: Knot) -> None:
+        self.calls += 1
+        bad = non_finite(y)
+        if bad:
+            kind = "NaN" if bool(y.isnan().any()) else "inf"
+            raise NetworkError(
+                f"{self.solver}: non-finite network output ({kind}) at step {self.step + 1}/{self.steps}, t={knot.t:.6g} "
+                f"(sigma {knot.sigma:.4g}), call {self.calls}: {describe(bad, len(y))}; its input was finite: check the network there",
+                step=self.step,
+                t=knot.t,
+                samples=bad,
+            )
+
+    def after(self, i: int, x: Tensor, knot: Knot) -> None:
+        bad = non_finite(x)
+        if bad:
+            raise NetworkError(
+                f"{self.solver}: the state overflowed at step {i + 1}/{self.steps}, t={knot.t:.6g}: {describe(bad, len(x))}; "
+                "the network's outputs were finite, so the step is too large: use more steps or another grid",
+                step=i,
+                t=knot.t,
+                samples=bad,
+            )
+        self.step = i + 1

@@ -1,0 +1,529 @@
+"""The boundary: every input is checked once, then a plan is run or the solver is marched, then the end is checked once.
+
+``sample`` makes samples from a score, ``encode`` takes data to noise, ``integrate`` runs any solver between given times, ``trace`` makes the table.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sde.errors import BudgetWarning, CallbackError, InputError, NetworkError, PathError, ToolkitError
+from sde.noise import Brownian, Source, White
+from sde.path import Path
+from sde.prediction import Knot, Predictor
+from sde.problem import ProbabilityFlow, ReverseSDE
+
+from .base import Evaluator, FiniteCheck, Solution, Solver, march, non_finite
+from .catalogue import resolve
+from .grids import make_grid
+from .plan import Plan, _eta_function, execute, trace_solver
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a callback sees after step i of n: the state (its own copy), its time and noise level, and the network calls so far."""
+
+    i: int
+    n: int
+    t: float
+    sigma: float
+    x: Tensor
+    nfe: int
+
+
+def trace(solver: Any, path: Path, times: Any, eta: Any = None) -> Plan:
+    """The solver's table of numbers on this path and these times (decreasing to sample, increasing to encode).
+
+    solver : a name of SOLVERS or a solver object;  eta : noise level, a number or a function of t (default: the name's own)
+    """
+    name, solver, eta = resolve(solver, eta)
+    times = _check_times(times, path)
+    _check_eta(solver, name, eta)
+    return trace_solver(solver, path, times, eta, name)
+
+
+def sample(
+    score: Predictor,
+    shape: Sequence[int] | None = None,
+    *,
+    x: Tensor | None = None,
+    solver: Any = "dpmpp_2m",
+    nfe: int | None = None,
+    steps: int | None = None,
+    grid: Any = "log_snr",
+    start: float | None = None,
+    stop: float | None = None,
+    eta: Any = None,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    noise: Any = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> Solution:
+    """Samples: the score's reverse SDE or probability flow, integrated from noise at ``start`` to ``stop``.
+
+    shape   : (B, ...), or x=, the noise to start from (its dtype and device are kept)
+    solver  : a name of SOLVERS or a solver object;  eta: its noise level (default: the name's own)
+    nfe     : spend at most this many network calls; or steps=, the number of steps. Exactly one of the two
+    grid    : a name of GRIDS or a function (path, n, start, stop) -> n + 1 times
+    start, stop : first and last time, default T and the path's t_min;  stop=0 ends at the data
+    seed    : sample i is a function of (seed, i) alone; seeds= gives one seed a sample;  noise: "white", "brownian" or a source of sde.noise
+    options : callback, trajectory, conditions, grad, progress, as for ``integrate``
+    """
+    _check_score(score)
+    name, solver, eta = resolve(solver, eta)
+    path = score.path
+    if (nfe is None) == (steps is None):
+        raise InputError(f"give exactly one of nfe= and steps=, got nfe={nfe!r} and steps={steps!r}")
+    if (shape is None) == (x is None):
+        raise InputError("give exactly one of shape= and x=, the noise to start from")
+    _check_eta(solver, name, eta)
+    solver, times = _plan_times(solver, name, path, nfe, steps, grid, start, stop, eta)
+    source = _source(noise, seed, seeds)
+    if x is None:
+        size = _check_shape(shape)
+        x = source.initial(size, dtype or torch.float32, device or "cpu")
+        x = x * path.prior_std(times[0])
+    else:
+        _check_state(x)
+        if dtype is not None or device is not None:
+            x = x.to(device=device or x.device, dtype=dtype or x.dtype)
+    return _run(solver, name, score, eta, x, times, source, **options)
+
+
+def encode(
+    score: Predictor,
+    x: Tensor,
+    *,
+    solver: Any = "dpmpp_2m",
+    nfe: int | None = None,
+    steps: int | None = None,
+    grid: Any = "log_snr",
+    start: float | None = None,
+    stop: float | None = None,
+    **options: Any,
+) -> Solution:
+    """Data (at time ``stop``) to noise (at ``start``) along the probability flow: ``sample`` on the reversed grid, same names, same solvers."""
+    _check_score(score)
+    name, solver, eta = resolve(solver, None)
+    if (nfe is None) == (steps is None):
+        raise InputError(f"give exactly one of nfe= and steps=, got nfe={nfe!r} and steps={steps!r}")
+    if eta != 0.0 or solver.stochastic and not solver.takes_eta:
+        raise InputError(f"solver={name!r} is stochastic: encoding follows the probability flow; use an ODE solver such as 'dpmpp_2m'")
+    solver, times = _plan_times(solver, name, score.path, nfe, steps, grid, start, stop, eta)
+    _check_state(x)
+    return _run(solver, name, score, 0.0, x, times[::-1], White(), **options)
+
+
+def integrate(
+    solver: Any,
+    problem: Any,
+    x: Tensor,
+    times: Any,
+    *,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    noise: Any = None,
+    traced: bool = True,
+    **options: Any,
+) -> Solution:
+    """Any solver on any problem between given times.
+
+    problem : ReverseSDE, ProbabilityFlow, or a score (then its probability flow, or the reverse SDE at the name's own eta)
+    times   : n + 1 strictly monotone times in the path's domain, decreasing towards data
+    traced  : run the solver's table where it has one (the same numbers, less overhead); False marches step by step
+
+    options
+      callback(StepInfo) after each step;  trajectory=True keeps the states, (n + 1, B, ...)
+      conditions : mapping of keyword arguments for the network
+      grad       : build the autograd graph (default: no gradient)
+      progress   : a progress bar
+    """
+    if isinstance(problem, (ReverseSDE, ProbabilityFlow)):
+        if problem.score is None:
+            raise InputError(f"{type(problem).__name__} has no score: give one to integrate it")
+        own = problem.eta if isinstance(problem, ReverseSDE) else 0.0
+        score, (name, solver, eta) = problem.score, resolve(solver, own)
+        if isinstance(problem, ReverseSDE) and not isinstance(own, (int, float)):
+            eta = _HashableEta(problem)
+    else:
+        _check_score(problem)
+        score, (name, solver, eta) = problem, resolve(solver)
+    _check_eta(solver, name, eta)
+    _check_state(x)
+    return _run(solver, name, score, eta, x, _check_times(times, score.path), _source(noise, seed, seeds), traced=traced, **options)
+
+
+@dataclass(frozen=True, eq=False)
+class _HashableEta:
+    """A reverse SDE's own noise level as a function of t."""
+
+    problem: ReverseSDE
+
+    def __call__(self, t: float) -> float:
+        return self.problem.eta_at(self.problem.path.knot(t))
+
+
+def run_plan(
+    plan: Plan, score: Predictor, x: Tensor, *, seed: int = 0, seeds: Sequence[int] | None = None, noise: Any = None, **options: Any
+) -> Solution:
+    """``Plan.run``: the same boundary as ``integrate``, for a table that exists already."""
+    _check_score(score)
+    _check_state(x)
+    return _run(None, plan.solver, score, plan.eta, x, plan.times, _source(noise, seed, seeds), plan=plan, **options)
+
+
+# --- the run ------------------------------------------------------------------------------------------------------------------------
+
+
+def _run(
+    solver: Solver | None,
+    name: str,
+    score: Predictor,
+    eta: Any,
+    x: Tensor,
+    times: tuple[float, ...],
+    source: Source,
+    *,
+    plan: Plan | None = None,
+    traced: bool = True,
+    callback: Callable[[StepInfo], Any] | None = None,
+    trajectory: bool = False,
+    conditions: Mapping[str, Any] | None = None,
+    grad: bool = False,
+    progress: bool = False,
+) -> Solution:
+    began = time.perf_counter()
+    if plan is None and traced and solver is not None and solver.linear:
+        plan = trace_solver(solver, score.path, times, eta, name)
+    grid = list(plan.grid) if plan is not None else score.path.knots(times, grid=True)
+    state = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    evaluator = Evaluator(score, x, conditions or {}, _eta_function(eta) if not isinstance(eta, tuple) else _no_eta)
+    if len(x) == 0:
+        return Solution(x.clone(), 0, 0, torch.tensor(times, dtype=torch.float64), time.perf_counter() - began, name)
+    recorder = _Recorder(grid, evaluator, callback, [state.clone()] if trajectory else None, progress)
+    accepted = rejected = None
+    with torch.set_grad_enabled(grad), _running(score), recorder:
+        draw = _drawer(source, state)
+        after = recorder.after if recorder.active else None
+        if plan is not None:
+            out = _run_plan(plan, score, evaluator, state, draw, after, not grad)
+        elif hasattr(solver, "solve"):
+            out, accepted, rejected = solver.solve(evaluator, state, grid, draw)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        else:
+            out = _march(solver, evaluator, state, grid, draw, after)  # pyright: ignore[reportArgumentType]
+        if non_finite(out):
+            _explain(solver, name, plan, score, state, conditions, eta, grid, source)
+    states = None if recorder.states is None else torch.stack(recorder.states)
+    seconds = time.perf_counter() - began
+    return Solution(
+        x=out if out.dtype == x.dtype else out.to(x.dtype),
+        nfe=evaluator.tally.nfe,
+        net_evals=evaluator.tally.net_evals,
+        times=torch.tensor(times, dtype=torch.float64),
+        seconds=seconds,
+        solver=name,
+        trajectory=states,
+        accepted=accepted,
+        rejected=rejected,
+    )
+
+
+def _run_plan(
+    plan: Plan, score: Predictor, evaluator: Evaluator, x: Tensor, draw: Any, after: Any, in_place: bool
+) -> Tensor:
+    program = plan.program(score, in_place)
+    calls = _with_step(evaluator.prepare(plan.knots), plan, evaluator.x.dtype)
+    gen = execute(program, x, draw, after)
+    try:
+        k, state = next(gen)
+        while True:
+            k, state = gen.send(calls[k](state))
+    except StopIteration as stop:
+        return stop.value
+    except NetworkError as error:
+        _locate(error, plan.solver, plan.grid)
+        raise
+
+
+def _with_step(calls: list[Any], plan: Plan, dtype: torch.dtype) -> list[Any]:
+    """For a half-precision start the state is float32 and the network sees its own dtype."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return calls
+    return [lambda state, call=call: call(state.to(dtype)).float() for call in calls]
+
+
+def _march(solver: Solver, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Any, after: Any) -> Tensor:
+    evaluator.prepare(grid)
+    count = iter(range(1 << 62))
+
+    def noise(s: Knot, t: Knot) -> Tensor:
+        return draw(next(count), s, t, x)
+
+    def keep(i: int, state: Tensor) -> Tensor:
+        if after is not None:
+            after(i, state)
+        return state
+
+    half = evaluator.x.dtype in (torch.float16, torch.bfloat16)
+    problem: Any = _Half(evaluator) if half else evaluator
+    try:
+        return march(solver, problem, x, grid, noise, keep)
+    except NetworkError as error:
+        _locate(error, str(solver), tuple(grid))
+        raise
+
+
+class _Half:
+    """An evaluator whose network sees the caller's half-precision dtype while the state stays float32."""
+
+    def __init__(self, inner: Evaluator) -> None:
+        self.inner, self.path, self.eta = inner, inner.path, inner.eta
+
+    def predict(self, x: Tensor, knot: Knot) -> Any:
+        from .base import Affine
+
+        y = self.inner.output(x.to(self.inner.x.dtype), knot).float()
+        return Affine(x, y, self.inner.score.row(knot), knot)
+
+
+def _locate(error: NetworkError, name: str, grid: Sequence[Knot]) -> None:
+    """Add the step to a network error that knows its time."""
+    if error.t is None or error.step is not None:
+        return
+    low = [min(a.t, b.t) <= error.t <= max(a.t, b.t) for a, b in zip(grid, grid[1:], strict=False)]
+    error.step = low.index(True) if True in low else None
+    if error.step is not None:
+        error.args = (f"{name}, step {error.step + 1}/{len(grid) - 1}: {error.args[0]}", *error.args[1:])
+
+
+def _explain(
+    solver: Solver | None, name: str, plan: Plan | None, score: Predictor, x: Tensor, conditions: Any, eta: Any, grid: list[Knot], source: Source
+) -> None:
+    """The end is not finite: runs are deterministic, so a replay with checks finds the step, the time and the samples."""
+    evaluator = Evaluator(score, x, conditions or {}, _eta_function(eta) if not isinstance(eta, tuple) else _no_eta)
+    check = FiniteCheck(evaluator, name, len(grid) - 1)
+    draw = _drawer(source, x)
+    if plan is not None:
+        calls = evaluator.prepare(plan.knots)
+        gen = execute(plan.program(score), x, draw, lambda i, state: check.after(i, state, grid[i + 1]))
+        try:
+            k, state = next(gen)
+            while True:
+                y = calls[k](state)
+                check.check(y, plan.knots[k])
+                k, state = gen.send(y)
+        except StopIteration:
+            pass
+    elif hasattr(solver, "solve"):
+        solver.solve(_CheckedEvaluator(evaluator, check), x, grid, draw)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    else:
+        count = iter(range(1 << 62))
+
+        def after(i: int, state: Tensor) -> Tensor:
+            check.after(i, state, grid[i + 1])
+            return state
+
+        march(solver, check, x, grid, lambda s, t: draw(next(count), s, t, x), after)  # pyright: ignore[reportArgumentType]
+    raise NetworkError(f"{name}: the result is not finite, but a replay was: the network is not deterministic; check dropout and its buffers")
+
+
+class _CheckedEvaluator:
+    """What a back end sees in a replay."""
+
+    def __init__(self, evaluator: Evaluator, check: FiniteCheck) -> None:
+        self.path, self.eta, self.tally, self.x, self.predict = evaluator.path, evaluator.eta, evaluator.tally, evaluator.x, check.predict
+
+
+def _no_eta(knot: Knot) -> float:
+    raise ToolkitError("a plan's noise levels are in its table")
+
+
+class _Recorder:
+    """Callbacks, the kept trajectory and the progress bar: all that happens after a step."""
+
+    def __init__(
+        self, grid: list[Knot], evaluator: Evaluator, callback: Callable[[StepInfo], Any] | None, states: list[Tensor] | None, progress: bool
+    ) -> None:
+        if callback is not None and not callable(callback):
+            raise InputError(f"callback={callback!r}: give a function of one StepInfo")
+        self.grid, self.evaluator, self.callback, self.states, self.progress = grid, evaluator, callback, states, progress
+        self.active = callback is not None or states is not None or progress
+        self.bar: Any = None
+
+    def __enter__(self) -> _Recorder:
+        if self.progress:
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(total=len(self.grid) - 1, desc="sampling")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def after(self, i: int, x: Tensor) -> None:
+        if self.states is not None:
+            self.states.append(x.clone())
+        if self.bar is not None:
+            self.bar.update()
+        if self.callback is not None:
+            k = self.grid[i + 1]
+            info = StepInfo(i, len(self.grid) - 1, k.t, k.sigma, x.detach().clone(), self.evaluator.tally.nfe)
+            try:
+                self.callback(info)
+            except Exception as error:
+                raise CallbackError(
+                    f"callback raised {type(error).__name__} after step {i + 1}/{info.n}, t={k.t:g}: {error}", step=i, x=info.x
+                ) from error
+
+
+@contextmanager
+def _running(score: Predictor) -> Iterator[None]:
+    """The score's own context for a run (train mode), where it has one."""
+    context: AbstractContextManager[Any] = score.running() if hasattr(score, "running") else nullcontext()  # pyright: ignore[reportAttributeAccessIssue]
+    with context:
+        yield
+
+
+def _drawer(source: Source, x: Tensor) -> Callable[[int, Knot, Knot, Tensor], Tensor]:
+    """The draws of one run, opened at the first one."""
+    draws: Any = None
+
+    def draw(k: int, s: Knot, t: Knot, like: Tensor) -> Tensor:
+        nonlocal draws
+        if draws is None:
+            draws = source.open(tuple(x.shape), x.dtype, x.device)
+        return draws.normal(k, s, t)
+
+    return draw
+
+
+# --- the boundary check ---------------------------------------------------------------------------------------------------------------
+
+
+def _plan_times(
+    solver: Solver, name: str, path: Path, nfe: Any, steps: Any, grid: Any, start: Any, stop: Any, eta: Any
+) -> tuple[Solver, tuple[float, ...]]:
+    """The solver and the times that ``steps`` or the budget ``nfe`` buys."""
+    if isinstance(grid, (Tensor, list, tuple)):
+        raise InputError("grid holds times: for explicit times use integrate(solver, problem, x, times)")
+    for label, value in (("start", start), ("stop", stop)):
+        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            raise InputError(f"{label}={value!r}: must be a finite number in [0, {path.T:g}]")
+
+    def times(n: int) -> tuple[float, ...]:
+        return _check_times(make_grid(grid, path, n, start, stop), path)
+
+    if steps is not None:
+        return solver, times(_count("steps", steps))
+    budget = _count("nfe", nfe)
+    if getattr(solver, "adaptive", False):
+        from dataclasses import replace
+
+        return replace(solver, max_nfe=min(budget, solver.max_nfe)), times(1)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType, reportCallIssue]
+    if budget < solver.stages:
+        low = getattr(solver, "reduced", None)
+        if low is None or low.stages > budget:
+            raise InputError(f"nfe={budget}: a step of {name!r} costs {solver.stages} network calls; give at least that")
+        warnings.warn(f"nfe={budget}: a step of {name!r} costs {solver.stages} network calls; one step of its lower order is used", BudgetWarning, 4)
+        solver = low
+    n = max(1, budget // solver.stages)
+    while solver.linear and trace_solver(solver, path, times(n + 1), eta, name).nfe <= budget:
+        n += 1
+    return solver, times(n)
+
+
+def _count(label: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"{label} must be an int, got {value!r}")
+    if value < 1:
+        raise InputError(f"{label} must be >= 1, got {value}")
+    return value
+
+
+def _check_score(score: Any) -> None:
+    if not isinstance(score, Predictor):
+        kind = score.__name__ if isinstance(score, type) else type(score).__name__
+        raise InputError(f"score is a {kind}: wrap the network first, score = Score(network, path, predicts='eps')")
+
+
+def _check_eta(solver: Solver, name: str, eta: Any) -> None:
+    if not callable(eta) and not (isinstance(eta, (int, float)) and not isinstance(eta, bool) and 0.0 <= eta < math.inf):
+        raise InputError(f"eta={eta!r}: must be a number >= 0, or a function of t")
+    if not solver.takes_eta and (callable(eta) or eta != 0.0):
+        raise InputError(
+            f"eta={eta!r}: that is a reverse SDE, but {name!r} does not take a noise level (eta = 0); "
+            "use a solver that does, such as 'euler_maruyama' or 'dpmpp_2m_sde'"
+        )
+
+
+def _check_times(times: Any, path: Path) -> tuple[float, ...]:
+    """Strictly monotone float64 times in the path's domain, as a tuple."""
+    if isinstance(times, Tensor) and times.dtype in (torch.float16, torch.bfloat16):
+        raise InputError(f"times has dtype {times.dtype}: too coarse for a grid; give float64 (or float32)")
+    try:
+        t = torch.as_tensor(times).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"times={times!r:.80}: give a 1-D sequence of numbers") from error
+    if t.dim() != 1 or len(t) < 2 or t.dtype == torch.bool or t.is_complex():
+        raise InputError(f"times has shape {tuple(t.shape)} and dtype {t.dtype}: give at least two numbers in one dimension")
+    values: list[float] = t.to(torch.float64).tolist()
+    down = values[0] > values[1]
+    for i, (a, b) in enumerate(zip(values, values[1:], strict=False)):
+        if not (math.isfinite(a) and math.isfinite(b)):
+            raise InputError(f"times[{i if not math.isfinite(a) else i + 1}] is {a if not math.isfinite(a) else b}: times must be finite")
+        if a == b or (a > b) != down:
+            raise InputError(f"times[{i + 1}]={b:g} after times[{i}]={a:g}: times must be strictly decreasing (or increasing, to encode)")
+    low, high = min(values), max(values)
+    if low < 0.0 or high > path.T:
+        raise InputError(f"times reach from {low:g} to {high:g}, outside the domain [0, {path.T:g}] of {path}")
+    lams = path.lam(torch.tensor(values, dtype=torch.float64)).tolist()
+    for i, (a, b) in enumerate(zip(lams, lams[1:], strict=False)):
+        if not (a < b if down else a > b):
+            raise PathError(f"lambda is not monotone on {path}: lambda({values[i]:g}) = {a:g}, lambda({values[i + 1]:g}) = {b:g}")
+    return tuple(values)
+
+
+def _check_shape(shape: Any) -> tuple[int, ...]:
+    if isinstance(shape, int) or isinstance(shape, str):
+        raise InputError(f"shape={shape!r}: give a tuple (batch, ...) such as (64, 3, 32, 32)")
+    size = tuple(shape)
+    if len(size) < 1 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in size):
+        raise InputError(f"shape={shape!r}: give a tuple (batch, ...) of ints >= 0")
+    return size
+
+
+def _check_state(x: Any) -> None:
+    if not isinstance(x, Tensor):
+        hint = "torch.from_numpy(x)" if type(x).__module__ == "numpy" else "torch.as_tensor(x)"
+        raise InputError(f"x is a {type(x).__name__}: give a floating-point tensor, {hint}")
+    if x.is_complex():
+        raise InputError("x is complex: complex not supported")
+    if not x.dtype.is_floating_point or x.is_quantized or x.layout is not torch.strided:
+        raise InputError(f"x has dtype {x.dtype} and layout {x.layout}: give a dense floating-point tensor, x.float()")
+    if x.dim() == 0:
+        raise InputError("x has no batch dimension: give shape (batch, ...)")
+    bad = non_finite(x) if x.numel() and x.device.type != "meta" else ()
+    if bad:
+        raise InputError(f"x is not finite in {len(bad)} of {len(x)} samples (first: {bad[0]})")
+
+
+def _source(noise: Any, seed: int, seeds: Sequence[int] | None) -> Source:
+    if isinstance(noise, Source):
+        return noise
+    if noise in (None, "white"):
+        return White(seed, seeds=seeds)
+    if noise == "brownian":
+        return Brownian(seed, seeds=seeds)
+    raise InputError(f"noise={noise!r}: use 'white', 'brownian', or a source of sde.noise such as Brownian(seed=0, cells=256)")
