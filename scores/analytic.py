@@ -62,6 +62,10 @@ class Exact(Predictor):
         x is flat and gives dtype, device and batch only.
         """
 
+    def _fields(self, kind: str, alpha: Tensor, sigma: Tensor, x: Tensor) -> list[Field]:
+        """One function a level, for n levels (n, 1)."""
+        return [self._field(kind, a[None], s[None], x) for a, s in zip(alpha, sigma, strict=True)]
+
     @abstractmethod
     def log_prob(self, x: Tensor, t: Any = 0.0) -> Tensor:
         """log p_t(x): (B, *event) -> (B,). Computed in float64."""
@@ -83,12 +87,18 @@ class Exact(Predictor):
         self._check(x)
         if conditions:
             raise InputError(f"conditions {', '.join(conditions)}: {type(self).__name__} takes none")
-        eager = len(knots) * self._cost <= EAGER
-        fields = []
-        for k in knots:
-            make = functools.partial(self._shaped, "eps" if k.alpha >= k.sigma else "x0", k)
-            fields.append(_counted(make(x) if eager else _late(make), tally))
-        return fields
+        kinds = ["eps" if k.alpha >= k.sigma else "x0" for k in knots]
+        if len(knots) * self._cost > EAGER:
+            late = [functools.partial(self._shaped, kind, k) for kind, k in zip(kinds, knots, strict=True)]
+            return [_counted(_late(make), tally) for make in late]
+        fields: dict[int, Field] = {}
+        for kind in ("eps", "x0"):
+            chosen = [i for i, this in enumerate(kinds) if this == kind]
+            if chosen:
+                levels64 = torch.tensor([(knots[i].alpha, knots[i].sigma) for i in chosen], dtype=torch.float64)
+                made = self._fields(kind, levels64[:, :1], levels64[:, 1:], self._flat(x))
+                fields.update(zip(chosen, made, strict=True))
+        return [_counted(self._reshaped(fields[i], x), tally) for i in range(len(knots))]
 
     def predict(self, x: Tensor, t: Any, **conditions: Any) -> Prediction:
         """The pair (x0, eps) at x (B, *event) and time t, a number or a tensor () or (B,)."""
@@ -150,11 +160,15 @@ class Exact(Predictor):
     def _shaped(self, kind: str, knot: Knot, x: Tensor) -> Field:
         """The field as a function of (B, *event)."""
         alpha, sigma = (torch.as_tensor(v, dtype=torch.float64).cpu().reshape(-1, 1) for v in (knot.alpha, knot.sigma))
-        if x.dim() == 2:
-            return self._field(kind, alpha, sigma, x)
+        return self._reshaped(self._field(kind, alpha, sigma, self._flat(x)), x)
+
+    def _flat(self, x: Tensor) -> Tensor:
+        return x if x.dim() == 2 else x.reshape(x.shape[0], self.dim)
+
+    def _reshaped(self, field: Field, x: Tensor) -> Field:
+        """A function of (B, d) as one of (B, *event)."""
         shape = x.shape
-        field = self._field(kind, alpha, sigma, x.reshape(shape[0], self.dim))
-        return lambda x: field(x.reshape(shape[0], self.dim)).reshape(shape)
+        return field if x.dim() == 2 else lambda x: field(x.reshape(shape[0], self.dim)).reshape(shape)
 
     def _flat64(self, x: Tensor, t: Any) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, d), alpha and sigma (1, 1) or (B, 1), in float64 on x's device."""
@@ -253,7 +267,8 @@ class Gaussian(Exact):
         rest = None if self._rest is None else phi(torch.full((1, 1), self._rest, dtype=torch.float64, device=like.device))
         return phi(self._like("values", self._values, like)[None]), rest
 
-    def _field(self, kind: str, alpha: Tensor, sigma: Tensor, x: Tensor) -> Field:
+    def _coefficients(self, kind: str, alpha: Tensor, sigma: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """shift (., d) in x's dtype, and phi of y = shift + phi(C) x in float64, for levels (., 1)."""
         if kind == "score":
             self._check_density(alpha, sigma)
 
@@ -265,10 +280,19 @@ class Gaussian(Exact):
             s = alpha**2 * c + sigma**2
             return torch.where(s > 0.0, sigma**2 / s, 1.0) if kind == "x0" else -alpha * slope(c)
 
-        host = alpha  # float64 on the host
-        shift = self._apply(*self._phi(offset, host), self._mu[None]).to(device=x.device, dtype=x.dtype)
-        values, rest = self._phi(slope, host)
-        if self.eigenvectors is not None and self._dense and len(values) == 1:
+        shift = self._apply(*self._phi(offset, alpha), self._mu[None]).to(device=x.device, dtype=x.dtype)
+        return shift, *self._phi(slope, alpha)
+
+    def _field(self, kind: str, alpha: Tensor, sigma: Tensor, x: Tensor) -> Field:
+        return self._affine(*self._coefficients(kind, alpha, sigma, x), x)
+
+    def _fields(self, kind: str, alpha: Tensor, sigma: Tensor, x: Tensor) -> list[Field]:
+        shift, values, rest = self._coefficients(kind, alpha, sigma, x)
+        rests = [None] * len(alpha) if rest is None else rest[:, None]
+        return [self._affine(a, b, c, x) for a, b, c in zip(shift[:, None], values[:, None], rests, strict=True)]
+
+    def _affine(self, shift: Tensor, values: Tensor, rest: Tensor | None, x: Tensor) -> Field:
+        if self._dense and len(values) == 1:
             matrix = self._apply(values, rest, torch.eye(self.dim, dtype=torch.float64)).to(device=x.device, dtype=x.dtype)
             return lambda x: torch.addmm(shift, x, matrix)
         values = values.to(device=x.device, dtype=x.dtype)
@@ -650,7 +674,8 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 
 def _numbers(name: str, value: Any) -> Tensor:
     try:
-        out = torch.as_tensor(value).detach()
+        exact = isinstance(value, Tensor) or hasattr(value, "dtype")  # else Python numbers, which torch would round to float32
+        out = torch.as_tensor(value, dtype=None if exact else torch.float64).detach()
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"{name} is a {type(value).__name__}: give numbers") from None
     if out.is_complex() or out.dtype is torch.bool:

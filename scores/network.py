@@ -45,8 +45,8 @@ class Score(Predictor):
     label       function t -> time label, on float64 tensors of any shape (default: t itself). An integer result stays integer.
     scale       function t -> c_in, on float64 tensors (default: no scaling).
     sigma_data  of the "F" row.
-    output      which element of a tuple, list or dict, or which attribute of an object, is the output.
-    split       "learned_var": the network returns 2C channels and the first C are the output.
+    output      which element of a tuple, list or dict, or which attribute of an object, is the output (a tensor is itself).
+    split       "learned_var": of 2C channels returned for C, the first C are the output.
     mode        None: warn when dropout or batch-norm layers are in train mode. "eval": be in eval mode while ``running``, then
                 restore. "keep": leave the mode alone, silently.
     conditions  constant keyword arguments of the network, handed over as they are (only moved to x's device). Those given to
@@ -305,9 +305,7 @@ class Score(Predictor):
         if y.device != x.device:
             fail(f"network output on {y.device}, state on {x.device}: must be on the same device")
         doubled = x.dim() > 1 and y.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:])
-        if self.split is not None:
-            if not doubled:
-                fail(f"network output shape {tuple(y.shape)}, state {tuple(x.shape)}: split='learned_var' needs 2C channels")
+        if doubled and self.split is not None:
             y = y[:, : x.shape[1]]
         elif y.shape != x.shape:
             if doubled:
@@ -327,8 +325,6 @@ class Score(Predictor):
 
     def _element(self, y: Any, fail: Callable[[str], NoReturn]) -> Tensor:
         if isinstance(y, Tensor):
-            if self.output is not None:
-                fail(f"the network returned a tensor, but output={self.output!r} names an element: drop output=")
             return y
         if y is None:
             fail("the network returned None: does its forward end in a return?")

@@ -87,9 +87,7 @@ class Source(ABC):
     def open(self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Draws:
         """The draws of one run on a batch of ``shape`` (B, ...). The memory they need is freed with the returned object."""
 
-    def initial(
-        self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> Tensor:
+    def initial(self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
         """The unit normals a run starts from, of ``shape`` (B, ...)."""
         return self.open(shape, dtype, device).initial()
 
@@ -117,24 +115,27 @@ class White(Source):
 
 @dataclass(frozen=True)
 class Brownian(Source):
-    """A Brownian path B on the clock c(lam) in [0, 1], shared by all grids: normal(k, s, t) = (B(c_t) - B(c_s)) / sqrt(c_t - c_s).
+    """A Brownian path B on the clock c(lam) in [0, 1] that all grids share.
 
-    The path is known at the ends of ``cells`` equal cells of the clock by halving: given B at the ends of an interval of width
-    w, the midpoint is their mean plus sqrt(w) / 2 times the normal of that node. Inside a cell a knot at distance p from the
-    last known point, with w left to the cell's end, is at p / w of the way plus sqrt(p (w - p) / w) times the normal numbered by
-    (cell, how many knots this cell has seen). So on every grid the increments have exactly their law, and two grids agree
-    exactly at the ends of cells. With more than one knot a cell they are no longer close inside it: for strong errors choose
-    ``cells`` (a power of two) well above the number of steps. It costs log2(cells / steps) + 3 normals a step.
+    normal(k, s, t) = (B(c_t) - B(c_s)) / sqrt(c_t - c_s)
 
-    Each stretch of the clock is used once, so draws are independent whatever the sampler does. A draw that cannot have a
-    stretch of its own is white noise numbered by k, as in ``White``: s.t = t.t (a corrector), a step towards noise (churn, restart),
-    a second draw for the same step, knots that the clock cannot tell apart.
+    The path is known at the ends of ``cells`` equal cells of the clock by halving: given B at the ends of an interval of
+    width w, the midpoint is their mean plus sqrt(w) / 2 times the normal of that node. Inside a cell, a knot at distance p
+    from the last known point, with w left to the cell's end, is p / w of the way plus sqrt(p (w - p) / w) times the normal
+    numbered by (cell, how many knots this cell has seen). So on every grid the increments have exactly their law, and two
+    grids agree exactly at the ends of cells, and at a knot they share if it is the first of its cell for both. They part by
+    about sqrt(1 / cells) / 2 where a cell has two knots: for strong errors let ``cells``, a power of two, be 4 times the
+    steps of the finest grid (uniform in lam). A step costs about log2(cells / steps) + 2 normals.
 
-    k increases along a run. Going back to an earlier k replays: the same bits, always for the last draw, for all draws where no
-    cell has two knots. For another grid, open anew.
+    Each stretch of the clock is used once, so the draws of a run are independent whatever the sampler does. A draw that
+    cannot have a stretch of its own is white noise numbered by k, as in ``White``: s.t = t.t (a corrector), a step towards
+    noise (churn, restart), a second draw for the same step, knots that the clock cannot tell apart.
 
-    Memory: up to log2(cells) + 2 states while a ``Draws`` is alive. ``indices`` and ``seeds`` as in ``White``; the same seed gives both
-    the same initial state.
+    k increases along a run. Going back to an earlier k replays: the same bits, always for the last draw, for all draws
+    where no cell has two knots. For another grid, open anew.
+
+    Memory: up to log2(cells) + 2 states while a ``Draws`` is alive. ``indices`` and ``seeds`` as in ``White``; the same
+    seed gives both sources the same initial state.
     """
 
     seed: int = 0
@@ -203,12 +204,12 @@ def _check_streams(source: White | Brownian) -> None:
 
 
 class _Run(NamedTuple):
-    """Rows row ... row + count - 1 of the batch: samples index, index + 1, ... of ``seed``."""
+    """Rows row ... row + rows - 1 of the batch: samples first, first + 1, ... of ``seed``."""
 
     row: int
-    count: int
+    rows: int
     seed: int
-    index: int
+    first: int
 
 
 def _runs(source: White | Brownian, batch: int) -> list[_Run]:
@@ -225,8 +226,8 @@ def _runs(source: White | Brownian, batch: int) -> list[_Run]:
         return [_Run(0, batch, source.seed, indices.start)]
     runs: list[_Run] = []
     for row, index in enumerate(indices):
-        if runs and runs[-1].index + runs[-1].count == index:
-            runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
+        if runs and runs[-1].first + runs[-1].rows == index:
+            runs[-1] = runs[-1]._replace(rows=runs[-1].rows + 1)
         else:
             runs.append(_Run(row, 1, source.seed, index))
     return runs
@@ -279,9 +280,7 @@ class _Normals:
     the device. Arrays are 1-D, contiguous and padded, whatever the shape of the batch: the bits cannot depend on it.
     """
 
-    def __init__(
-        self, source: White | Brownian, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
-    ) -> None:
+    def __init__(self, source: White | Brownian, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> None:
         self.shape = _shape(shape)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
             raise InputError(f"dtype={dtype!r} cannot hold normals; write dtype=torch.float32, or float64, float16, bfloat16")
@@ -303,15 +302,17 @@ class _Normals:
         half, chunks = self._half, list[_Chunk]()
         if half == 0:
             return chunks
-        last = max((run.index + run.count for run in runs), default=0)
+        last = max((run.first + run.rows for run in runs), default=0)
         if last * half >= _WORD:
-            raise InputError(f"index {last - 1} of samples of {self._size} numbers is beyond the stream; write indices below 2^40")
+            raise InputError(
+                f"index {last - 1} of samples of {self._size} numbers is beyond the stream; write indices below 2^40"
+            )
         if half > limit:  # a sample in parts
             for run in runs:
-                for j in range(run.count):
+                for j in range(run.rows):
                     for column in range(0, half, limit):
                         columns = min(limit, half - column)
-                        pieces = ((run.seed, (run.index + j) * half + column, columns),)
+                        pieces = ((run.seed, (run.first + j) * half + column, columns),)
                         chunks.append(_Chunk(run.row + j, 1, column, columns, pieces, _pad(columns)))
             return chunks
         most, pieces, row, rows = limit // half, list[tuple[int, int, int]](), 0, 0
@@ -325,9 +326,9 @@ class _Normals:
 
         for run in runs:
             done = 0
-            while done < run.count:
-                take = min(run.count - done, most - rows)
-                pieces.append((run.seed, (run.index + done) * half, take * half))
+            while done < run.rows:
+                take = min(run.rows - done, most - rows)
+                pieces.append((run.seed, (run.first + done) * half, take * half))
                 done, rows = done + take, rows + take
                 if rows == most:
                     close()
@@ -405,7 +406,9 @@ class _Normals:
                 for j in range(target.shape[1]):
                     self.xp.multiply(*(_every(x, j, count, columns) for x in (one, other)), out=target[:, j])
             else:
-                wide = (x if isinstance(x, float) else x[:count].reshape(-1, columns)[:, : target.shape[1]] for x in (one, other))
+                wide = (
+                    x if isinstance(x, float) else x[:count].reshape(-1, columns)[:, : target.shape[1]] for x in (one, other)
+                )
                 self.xp.multiply(*wide, out=target)
 
     def white(self, k: int, kind: int, like: Tensor | None, out: Tensor | None) -> Tensor:
@@ -474,11 +477,11 @@ class _WhiteDraws(Draws):
 
 
 class _Interval(NamedTuple):
-    """A stretch of the clock ahead: node ``index`` of ``level`` in the tree, or what is left of it after ``seen`` knots."""
+    """A stretch of the clock ahead: node ``place`` of ``level`` in the tree, or what is left of it after ``seen`` knots."""
 
     end: float
     level: int
-    index: int
+    place: int
     seen: int
 
 
@@ -566,14 +569,14 @@ class _BrownianDraws(Draws):
             moves.append(_Move(_TREE, deviation=1.0))  # node 0: the path from end to end
         while self._position < place:
             top = self._ahead.pop()
-            node = (1 << top.level) + top.index
+            node = (1 << top.level) + top.place
             if top.end <= place:
                 moves.append(_Move(None))
                 self._position = top.end
             elif top.level < self._levels:
                 width = 2.0**-top.level
-                self._ahead.append(_Interval(top.end, top.level + 1, 2 * top.index + 1, 0))
-                self._ahead.append(_Interval(top.end - 0.5 * width, top.level + 1, 2 * top.index, 0))
+                self._ahead.append(_Interval(top.end, top.level + 1, 2 * top.place + 1, 0))
+                self._ahead.append(_Interval(top.end - 0.5 * width, top.level + 1, 2 * top.place, 0))
                 moves.append(_Move(_TREE, node, 0, 0.5, 0.5 * math.sqrt(width)))
             else:
                 width, part = top.end - self._position, place - self._position

@@ -476,7 +476,7 @@ class Tabulated(Path):
         if bool(bad.any()):
             k = int(bad.nonzero()[0])
             raise InputError(f"betas[{k}] = {float(betas[k]):g}: every beta must be in (0, 1), and only the last may be 1")
-        if self.zero_terminal_snr:
+        if self.zero_terminal_snr and not bool(betas[-1] == 1.0):
             betas = _betas_of(_zero_terminal(torch.cumprod(1.0 - betas, 0)))
         ends_at_zero = bool(betas[-1] == 1.0)
         logs = torch.log1p(-betas[:-1] if ends_at_zero else -betas)
@@ -910,6 +910,7 @@ def _solve_time(path: Path, brackets: tuple[Tensor, Tensor], lam: Tensor) -> Ten
         target = lam.detach().clamp(levels[-1], levels[0])
         above = torch.searchsorted(-levels, -target.contiguous(), right=True).clamp(1, len(times) - 1)
         low, high = times[above - 1], times[above]
+        at_start, at_end = target >= levels[0], target <= levels[-1]
         t = 0.5 * (low + high)
         for _ in range(100):
             residual = path._lam(t) - target
@@ -917,9 +918,9 @@ def _solve_time(path: Path, brackets: tuple[Tensor, Tensor], lam: Tensor) -> Ten
             newton = t - residual / path._dlam(t)
             new = torch.where((newton > low) & (newton < high), newton, 0.5 * (low + high))
             step, t = (new - t).abs(), new
-            if bool((step <= 4e-16 * t).all()):
+            if bool(((step <= 4e-16 * t) | at_start | at_end).all()):
                 break
-        t = t.masked_fill(target >= levels[0], 0.0).masked_fill(target <= levels[-1], path.T)
+        t = t.masked_fill(at_start, 0.0).masked_fill(at_end, path.T)
     if lam.requires_grad:  # one Newton step has the slope dt/dlam of the inverse
         t = t + torch.where(lam.isfinite(), lam - lam.detach(), 0.0) / path._dlam(t)
     return torch.where(lam.isnan(), lam, t)

@@ -69,6 +69,10 @@ class Problem(Protocol):
         """The noise level: diffusion / g at this knot."""
         ...
 
+    def keep(self, x: Form) -> Form:
+        """x itself, said of an intermediate state that later steps build on: a tracer gives it a register, so that forms stay short."""
+        ...
+
 
 Noise = Callable[[Knot, Knot], Form]
 """noise(s, t): unit normals of the step from s to t, that is (W_t - W_s) / sqrt|t - s| in the clock of ``sde.noise``; with s is t, normals
@@ -159,6 +163,9 @@ class Evaluator:
     def eta(self, knot: Knot) -> float:
         return self.eta_of(knot)
 
+    def keep(self, x: Tensor) -> Tensor:
+        return x
+
     def prepare(self, knots: Sequence[Knot]) -> list[Callable[[Tensor], Tensor]]:
         """The calls at these knots, prepared in one go so that the loop never waits for a device."""
         calls = self.score.at(knots, self.x, self.conditions, self.tally)
@@ -216,6 +223,9 @@ class FiniteCheck:
 
     def eta(self, knot: Knot) -> float:
         return self.evaluator.eta(knot)
+
+    def keep(self, x: Tensor) -> Tensor:
+        return x
 
     def predict(self, x: Tensor, knot: Knot) -> Prediction:
         y = self.evaluator.output(x, knot)

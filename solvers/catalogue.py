@@ -52,6 +52,8 @@ SOLVERS: dict[str, Entry] = {
     "unipc_3": Entry(UniPC(3), "predictor-corrector in x0, bh2", _ZHAO),
     "unipc_2_bh1": Entry(UniPC(2, "bh1"), "predictor-corrector in x0, bh1", _ZHAO),
     "unipc_3_bh1": Entry(UniPC(3, "bh1"), "predictor-corrector in x0, bh1", _ZHAO),
+    "unipc_2_full": Entry(UniPC(2, lower_final=False), "unipc_2 that keeps its order to the last step", _ZHAO),
+    "unipc_3_full": Entry(UniPC(3, lower_final=False), "unipc_3 that keeps its order to the last step", _ZHAO),
     # stochastic
     "euler_maruyama": Entry(EulerMaruyama(), "Euler-Maruyama of the reverse SDE", "Maruyama 1955; " + _SONG, eta=1.0),
     "exponential_integrator": Entry(FrozenScore(), "linear part exact, score frozen", "Zhang & Chen 2023", eta=1.0),
@@ -69,7 +71,6 @@ SOLVERS: dict[str, Entry] = {
     "dopri5": Entry(TorchDiffEq("dopri5"), "adaptive order 5", _CHEN),
     "dopri8": Entry(TorchDiffEq("dopri8"), "adaptive order 8", _CHEN),
     "bosh3": Entry(TorchDiffEq("bosh3"), "adaptive order 3", _CHEN),
-    "fehlberg2": Entry(TorchDiffEq("fehlberg2"), "adaptive order 2", _CHEN),
     "adaptive_heun": Entry(TorchDiffEq("adaptive_heun"), "adaptive order 2", _CHEN),
     "torchsde_euler": Entry(TorchSDE("euler"), "Euler-Maruyama by torchsde", _LI, eta=1.0),
     "torchsde_milstein": Entry(TorchSDE("milstein"), "Milstein by torchsde; the same here, the noise being additive", _LI, eta=1.0),
@@ -87,6 +88,6 @@ def resolve(solver: Any, eta: Any = None) -> tuple[str, Solver, Any]:
         return solver, entry.solver, entry.eta if eta is None else eta
     if isinstance(solver, Entry):
         return type(solver.solver).__name__, solver.solver, solver.eta if eta is None else eta
-    if not isinstance(solver, type) and isinstance(solver, Solver):
+    if not isinstance(solver, type) and (isinstance(solver, Solver) or hasattr(solver, "solve")):
         return str(solver), solver, 0.0 if eta is None else eta
     raise InputError(f"solver={solver!r}: give a name of SOLVERS or a solver object such as Multistep(2, 'x0')")

@@ -57,14 +57,14 @@ def _norm(x: Tensor) -> Tensor:
 class PredictorCorrector:
     """Song et al. (2021), algorithm 1: at each time first the corrector, then the predictor's step to the next. stages of both a step.
 
-    Limit and order: the corrector's bias of order snr^2 does not vanish with the step, so weak order 0 (Langevin at fixed snr).
+    Weak order that of the predictor, but at most 1, down to a floor: Langevin steps at fixed snr leave the variance too large by about snr^2 sigma_t^2.
     """
 
     predictor: Solver
     corrector: Langevin = Langevin()
 
     order = strong = None
-    weak = 0.0
+    weak = 1.0
     stochastic = True
 
     @property

@@ -31,7 +31,10 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
 
 
 class GaussianData(Protocol):
-    """Gaussian data as ``scores.Gaussian`` describes it: mean and covariance eigenvalues, and the eigenvectors (None: the coordinates)."""
+    """Gaussian data as ``scores.Gaussian`` describes it: mean, the covariance's d eigenvalues, and its eigenvectors as columns, (d, r).
+
+    None: the coordinates. With r < d the other directions share one eigenvalue.
+    """
 
     @property
     def path(self) -> Path: ...
@@ -56,8 +59,8 @@ class Law:
     @property
     def covariance(self) -> Tensor:
         """The covariance in the data's own coordinates, (d, d)."""
-        q = self.gaussian.eigenvectors
-        return torch.diag(self.variance) if q is None else (q.double() * self.variance) @ q.double().T
+        q = _basis(self.gaussian)
+        return torch.diag(self.variance) if q is None else (q * self.variance) @ q.T
 
     def _target(self, t: float) -> tuple[Tensor, Tensor]:
         k = self.gaussian.path.knot(t)
@@ -126,12 +129,25 @@ def strong_error(plan: Plan, gaussian: GaussianData) -> float:
     return float(np.sqrt(np.mean(gain**2 * start + variance + (const + gain * s.alpha * mean) ** 2)))
 
 
+def _basis(gaussian: GaussianData) -> Tensor | None:
+    """All eigenvectors as columns, (d, d), completed to an orthonormal basis where only r < d are stored."""
+    if gaussian.eigenvectors is None:
+        return None
+    q = gaussian.eigenvectors.detach().double().cpu()
+    d, r = q.shape
+    if r < d:
+        full, triangle = torch.linalg.qr(torch.cat([q, torch.eye(d, dtype=torch.float64)], dim=1)[:, : d + r], mode="complete")
+        full[:, :r] *= triangle.diagonal()[:r].sign()  # Householder may flip the given columns
+        return full
+    return q
+
+
 def _eigenbasis(gaussian: GaussianData) -> tuple[Array, Array]:
     """Mean and eigenvalues along the eigenvectors, float64."""
     mean = gaussian.mean.detach().double().cpu().flatten()
-    q = gaussian.eigenvectors
+    q = _basis(gaussian)
     if q is not None:
-        mean = q.detach().double().cpu().T @ mean
+        mean = q.T @ mean
     eigenvalues = gaussian.eigenvalues.detach().double().cpu().flatten()
     return mean.numpy(), eigenvalues.expand(len(mean)).numpy()
 

@@ -158,8 +158,10 @@ class UniPC:
     """Unified predictor-corrector (Zhao et al. 2023), B(h) = h (bh1) or e^h - 1 (bh2). One network call a step.
 
     Each step corrects the state it starts from with the prediction made there, then predicts the next; the last state is not corrected, as in
-    the released code. The corrector lifts the order to steps + 1 and repairs the first-order start.
-    ``lower_final`` lowers the order towards the last step (the released default).
+    the released code. ``lower_final`` lowers the order towards the last step (the released default).
+
+    Order: inside, steps + 1. The corrected first step has a local error of order 3, so the whole has order min(steps + 1, 3); with ``lower_final`` the
+    last step is an uncorrected first-order one and the whole has order 2, whatever ``steps``.
     """
 
     steps: int
@@ -178,7 +180,7 @@ class UniPC:
 
     @property
     def order(self) -> float:
-        return float(self.steps + 1)
+        return 2.0 if self.lower_final else float(min(self.steps + 1, 3))
 
     def step(self, problem: Problem, x: Form, s: Knot, t: Knot, carry: Any, noise: Noise) -> Step:
         prediction = problem.predict(x, s)
@@ -186,7 +188,7 @@ class UniPC:
         history: list[tuple[Knot, Form]] = []
         if carry is not None:
             before, history, order = carry
-            x = self._update(before, history[0][0], s, history, order, value)
+            x = problem.keep(self._update(before, history[0][0], s, history, order, value))
         history = [(s, value), *history][: self.steps]
         order = len([k for k, _ in history if math.isfinite(k.lam)])
         if self.lower_final and t.count >= 0:

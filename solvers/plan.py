@@ -151,6 +151,9 @@ class _Tracer:
             self.rows.append(Lin(out, terms))
         return self._known[terms]
 
+    def keep(self, x: Form) -> Form:
+        return Form({self.register(x): 1.0})
+
     def predict(self, x: Form, knot: Knot) -> Prediction:
         return _Symbolic(self, self.register(x), knot)
 

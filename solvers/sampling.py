@@ -288,7 +288,7 @@ class _Half:
     """An evaluator whose network sees the caller's half-precision dtype while the state stays float32."""
 
     def __init__(self, inner: Evaluator) -> None:
-        self.inner, self.path, self.eta = inner, inner.path, inner.eta
+        self.inner, self.path, self.eta, self.keep = inner, inner.path, inner.eta, inner.keep
 
     def predict(self, x: Tensor, knot: Knot) -> Any:
         from .base import Affine
@@ -473,7 +473,8 @@ def _check_times(times: Any, path: Path) -> tuple[float, ...]:
     if isinstance(times, Tensor) and times.dtype in (torch.float16, torch.bfloat16):
         raise InputError(f"times has dtype {times.dtype}: too coarse for a grid; give float64 (or float32)")
     try:
-        t = torch.as_tensor(times).detach()
+        # a list of Python floats must not pass through torch's default float32
+        t = times.detach() if isinstance(times, Tensor) else torch.as_tensor(times, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"times={times!r:.80}: give a 1-D sequence of numbers") from error
     if t.dim() != 1 or len(t) < 2 or t.dtype == torch.bool or t.is_complex():

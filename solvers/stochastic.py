@@ -68,17 +68,17 @@ class DiscreteDDPM:
 class AnnealedLangevin:
     """Annealed Langevin dynamics (Song & Ermon 2019): at each new level ``inner`` unadjusted Langevin steps, no predictor.
 
-        x <- (alpha_t/alpha_s) x,   then ``inner`` times   x <- x + step/2 sigma_t^2 score(x) + sqrt(step) sigma_t z
+        x <- (alpha_t/alpha_s) x,   then ``inner`` times   x <- x + size/2 sigma_t^2 score(x) + sqrt(size) sigma_t z
 
-    ``step`` is NCSN's epsilon / sigma_L^2 (0.2 there). At sigma_t = 0 the state becomes alpha_t x0 (NCSNv2's final denoising). ``inner`` calls a
-    step. It does not converge to the data as levels are added: Langevin steps of fixed relative size have a bias of order ``step``, so weak order 0.
+    ``size`` is NCSN's epsilon / sigma_L^2 (0.2 there). At sigma_t = 0 the state becomes alpha_t x0 (NCSNv2's final denoising). ``inner`` calls a
+    step. Weak order 1 in the number of levels, down to a floor: Langevin steps of fixed relative size leave the variance too large by size/4 sigma_t^2.
     """
 
     inner: int = 5
     size: float = 0.2
 
     order = strong = None
-    weak = 0.0
+    weak = 1.0
     stochastic = True
     takes_eta = False
     linear = True

@@ -46,7 +46,7 @@ def times(path: Path, n: int, *, end: float | None = None) -> SearchStrategy[lis
     return st.lists(st.floats(0.05, 1.0), min_size=n, max_size=n).map(grid)
 
 
-def _strategies():  # noqa: ANN202
+def _strategies():
     try:
         import hypothesis.strategies as st
     except ImportError as error:

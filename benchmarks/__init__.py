@@ -1,0 +1,1 @@
+"""Built-in problems, measurements, reports and the command line: ``python -m benchmarks --help``."""

@@ -1,0 +1,643 @@
+"""What every sampler of SOLVERS promises, whatever its method: counts, times, independence of samples, purity, dtypes, memory.
+
+All tests run over SOLVERS, so a new sampler is covered by its row. The network is elementwise and made of correctly rounded operations
+only: then rows of a batch cannot depend on one another, and promises about samples hold to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from scores import Gaussian, Score, as_network
+from sde import EDM, VE, VP, Cosine, Linear, Path, ProbabilityFlow, ReverseSDE, SubVP, Tabulated
+from sde.errors import BudgetWarning, InputError, StepLimitError
+from sde.noise import Brownian, White
+from sde.prediction import OUTPUTS
+from solvers import GRIDS, SOLVERS, Plan, encode, exact_law, integrate, sample, trace
+from solvers.backends import TorchDiffEq
+
+PATHS: dict[str, Path] = {
+    "vp": VP(),
+    "edm": EDM(),
+    "linear": Linear(),
+    "cosine": Cosine(),
+    "ve": VE(),
+    "subvp": SubVP(),
+    "tabulated": Tabulated.linear(1000),
+    "zero_snr": Tabulated.scaled_linear(1000, zero_terminal_snr=True),
+}
+
+ALL = list(SOLVERS)
+LINEAR = [name for name, entry in SOLVERS.items() if entry.solver.linear]
+ADAPTIVE = [name for name, entry in SOLVERS.items() if getattr(entry.solver, "adaptive", False)]
+FIXED = [name for name in ALL if name not in ADAPTIVE]
+DIFFEQ = [name for name, entry in SOLVERS.items() if isinstance(entry.solver, TorchDiffEq)]
+DETERMINISTIC = [n for n, e in SOLVERS.items() if e.eta == 0.0 and not (e.solver.stochastic and not e.solver.takes_eta)]
+STOCHASTIC = [name for name in ALL if name not in DETERMINISTIC]
+
+
+class Spy:
+    """An elementwise network that remembers the times it was called at."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    @property
+    def calls(self) -> int:
+        return len(self.times)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        self.times.append(float(t[0]))
+        return elementwise(x, t)
+
+
+def elementwise(x: Tensor, t: Tensor) -> Tensor:
+    return x / (x * x + 1.0) * 0.8 + 0.1
+
+
+def spied(path: Path | None = None) -> tuple[Score, Spy]:
+    spy = Spy()
+    return Score(spy, VP() if path is None else path, "x0"), spy
+
+
+@lru_cache(maxsize=None)
+def plain(path: Path | None = None) -> Score:
+    return Score(elementwise, VP() if path is None else path, "x0")
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+# --- counting --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_calls_are_counted_at_the_network_and_never_exceed_the_budget(name):
+    solver = SOLVERS[name].solver
+    budgets = range(1, 65) if solver.stages <= 2 and name not in ADAPTIVE else [*range(1, 14), 25, 40, 64]
+    for budget in budgets:
+        score, spy = spied()
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                out = sample(score, (2, 3), solver=name, nfe=budget, seed=1)
+        except StepLimitError as error:
+            assert name in ADAPTIVE
+            assert spy.calls <= budget
+            assert error.t is not None and error.partial is not None
+            continue
+        except InputError as error:
+            assert budget < solver.stages and spy.calls == 0 and "nfe=" in str(error)
+            continue
+        assert out.nfe == out.net_evals == spy.calls <= budget
+        assert [w.category for w in seen] == ([BudgetWarning] if budget < solver.stages else []), (budget, seen)
+        if solver.linear:  # as much of the budget is used as whole steps allow
+            assert spy.calls > budget - solver.stages
+            longer = GRIDS["log_snr"](VP(), len(out.times))
+            if budget >= solver.stages:
+                assert trace(name, VP(), longer).nfe > budget
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_calls_are_counted_at_the_network_for_given_steps(name):
+    for steps in (1, 2, 3, 5, 20):
+        score, spy = spied()
+        out = sample(score, (2, 3), solver=name, steps=steps, seed=1)
+        assert out.nfe == out.net_evals == spy.calls
+        assert len(out.times) == steps + 1
+        assert (steps - 1) * SOLVERS[name].solver.stages < out.nfe <= steps * SOLVERS[name].solver.stages
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("grid", ["log_snr", "uniform"])
+def test_the_network_sees_the_times_of_the_table_in_order(name, grid):
+    for label in ("vp", "edm", "linear"):
+        if name == "ddpm_discrete" and label != "vp":
+            continue
+        path = PATHS[label]
+        times = GRIDS[grid](path, 20, 0.9 * path.T)
+        plan = trace(name, path, times)
+        score, spy = spied(path)
+        out = plan.run(score, torch.ones(2, 3, dtype=torch.float64))
+        assert spy.times == [k.t for k in plan.knots]
+        assert torch.isfinite(out).all()
+        assert spy.times[0] == plan.times[0] or name in ("edm_sde", "annealed_langevin")
+        solution = integrate(name, score, torch.ones(2, 3, dtype=torch.float64), times)
+        assert equal(solution.x, out) and equal(solution.times, times)
+        inner = [k.t for k in plan.knots if k.index >= 0]
+        assert set(inner) <= set(plan.times)
+
+
+@pytest.mark.parametrize("name", [n for n in FIXED if n not in LINEAR])
+def test_solvers_without_a_table_see_the_times_of_the_grid(name):
+    score, spy = spied()
+    out = sample(score, x=torch.ones(2, 3, dtype=torch.float64), solver=name, steps=7)
+    solver = SOLVERS[name].solver
+    if solver.stages * 7 == spy.calls and not hasattr(solver, "solve"):
+        assert spy.times == [t for t in out.times[:-1].tolist() for _ in range(solver.stages)]
+    assert spy.times[0] == float(out.times[0])
+    assert all(a >= b for a, b in zip(spy.times, spy.times[1:], strict=False))
+
+
+# --- grids ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", PATHS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_grids_have_exact_ends_and_decrease_strictly(grid, label):
+    path = PATHS[label]
+    starts = [None, 0.7 * path.T] if float(path.alpha(path.T)) == 0.0 else [None, path.T, 0.7 * path.T]
+    for n in [*range(1, 65), 100, 333, 1000]:
+        for start in starts if n in (1, 2, 3, 10, 64, 333) else starts[:1]:
+            for stop in [None, path.t_min, 0.01 * path.T] if n in (1, 2, 3, 10, 64, 333) else [None]:
+                if grid.startswith("ays") and (start, stop) != (None, None):
+                    if (start if start is not None else path.T) == 0.0 or stop == 0.0:
+                        continue
+                times = GRIDS[grid](path, n, start, stop)
+                assert times.dtype == torch.float64 and times.shape == (n + 1,)
+                assert bool((times[1:] < times[:-1]).all()), (n, start, stop, times)
+                if start is not None:
+                    assert float(times[0]) == start
+                if stop is not None:
+                    assert float(times[-1]) == stop
+                if not grid.startswith("ays"):
+                    if stop is None:
+                        assert float(times[-1]) == path.t_min
+                    if start is None and (float(path.alpha(path.T)) > 0.0 or grid in ("uniform", "quadratic", "cosine")):
+                        assert float(times[0]) == path.T
+                assert trace("ddim", path, times).times == tuple(times.tolist())
+
+
+@pytest.mark.parametrize("label", PATHS)
+@pytest.mark.parametrize("name", ALL)
+def test_both_ends_of_every_path_are_reached_or_refused(name, label):
+    path = PATHS[label]
+    score = Gaussian(path, torch.full((2,), 0.3, dtype=torch.float64), std=0.5)
+    x = torch.ones(3, 2, dtype=torch.float64)
+    reached = 0
+    for grid in ("uniform", "log_snr", "karras", "quadratic", "cosine"):
+        for start, stop in ((path.T, None), (None, 0.0), (path.T, 0.0)):
+            for n in (1, 6) if grid == "uniform" else (6,):
+                try:
+                    out = sample(score, x=x, solver=name, steps=n, grid=grid, start=start, stop=stop)
+                except InputError as error:  # PathError is one
+                    text = str(error)
+                    assert len(text) < 400
+                    assert any(word in text for word in ("start", "stop", "use ", "give ")), text
+                    continue
+                except StepLimitError:
+                    assert name in ADAPTIVE
+                    continue
+                assert out.x.isfinite().all()
+                assert start is None or float(out.times[0]) == start
+                assert stop is None or float(out.times[-1]) == stop
+                reached += 1
+    assert reached or name == "ddpm_discrete" or label in ("linear", "cosine", "zero_snr")
+
+
+# --- samples are independent of their batch ------------------------------------------------------------------------------------------
+
+
+def run_rows(name: str, indices: list[int], shape: tuple[int, ...], dtype: torch.dtype, source: type = White) -> Tensor:
+    noise = source(5, indices=indices)
+    return sample(plain(), (len(indices), *shape), solver=name, steps=4, noise=noise, dtype=dtype).x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("name", FIXED)
+def test_a_sample_does_not_depend_on_its_batch(name, dtype):
+    for shape in ((2,), (3,), (3, 4, 4), (17,)):
+        whole = run_rows(name, list(range(64)), shape, dtype)
+        assert equal(run_rows(name, list(range(7)), shape, dtype), whole[:7])
+        for i in (0, 1, 5, 63):
+            assert equal(run_rows(name, [i], shape, dtype), whole[i : i + 1])
+        order = random.Random(0).sample(range(64), 64)
+        assert equal(run_rows(name, order, shape, dtype), whole[order])
+    assert equal(sample(plain(), (64, 17), solver=name, steps=4, seed=5, dtype=dtype).x, whole)
+    seeds = [3, 9, 2**64 - 1, 4]
+    together = sample(plain(), (4, 3), solver=name, steps=4, seeds=seeds, dtype=dtype).x
+    for i, seed in enumerate(seeds):
+        assert equal(sample(plain(), (1, 3), solver=name, steps=4, seed=seed, dtype=dtype).x, together[i : i + 1])
+
+
+@pytest.mark.parametrize("name", [n for n in STOCHASTIC if n in LINEAR])
+def test_a_sample_does_not_depend_on_its_batch_with_a_brownian_path(name):
+    whole = run_rows(name, list(range(9)), (3, 2), torch.float32, Brownian)
+    assert equal(run_rows(name, [4], (3, 2), torch.float32, Brownian), whole[4:5])
+    assert equal(run_rows(name, [8, 2], (3, 2), torch.float32, Brownian), whole[[8, 2]])
+
+
+@pytest.mark.parametrize("name", DIFFEQ)
+def test_adaptive_steps_of_a_sample_can_be_its_own(name):
+    from dataclasses import replace
+
+    solver = replace(SOLVERS[name].solver, per_sample=True)
+    x = White(1).initial((5, 3), torch.float64) * torch.tensor([0.1, 1.0, 3.0, 0.5, 2.0], dtype=torch.float64)[:, None]
+    whole = integrate(solver, plain(), x, [1.0, 1e-3])
+    for i in (0, 3):
+        alone = integrate(SOLVERS[name].solver, plain(), x[i : i + 1], [1.0, 1e-3])
+        assert equal(alone.x, whole.x[i : i + 1])
+    assert whole.accepted is not None and whole.accepted > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("name", ALL)
+def test_memory_layout_does_not_matter(name, dtype):
+    x = White(2).initial((6, 3, 4, 4), dtype)
+    big = torch.zeros(12, 3, 4, 8, dtype=dtype)
+    big[::2, :, :, 1::2] = x
+    layouts = {
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "sliced": big[::2, :, :, 1::2],
+        "transposed": x.transpose(0, 3).contiguous().transpose(0, 3),
+        "offset": torch.cat([torch.zeros(1, dtype=dtype), x.flatten()])[1:].view(x.shape),
+    }
+
+    def run(x: Tensor) -> Tensor:
+        return integrate(name, plain(), x, [0.99, 0.5, 0.2, 0.01], seed=3).x
+
+    reference = run(x)
+    for label, given in layouts.items():
+        assert equal(given, x)
+        assert equal(run(given), reference), label
+    row = x[:1].expand(6, 3, 4, 4)
+    assert equal(run(row), run(row.contiguous()))
+    assert equal(row, x[:1].expand(6, 3, 4, 4))
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m", "edm_sde", "pc_ddpm", "torchsde_euler", "dopri5"])
+def test_threads_of_torch_do_not_change_bits(name):
+    before = torch.get_num_threads()
+    shapes = ((8, 3, 48, 48), (2, 3, 128, 128))
+    try:
+        for shape in shapes if name != "dopri5" else shapes[:1]:
+            out = []
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                out.append(sample(plain(), shape, solver=name, nfe=200 if name == "dopri5" else 6, seed=3).x)
+            assert equal(*out), shape
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- purity ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_same_seed_replays(name):
+    a, b, other = (sample(plain(), (3, 4), solver=name, nfe=400 if name in ADAPTIVE else 12, seed=s) for s in (7, 7, 8))
+    assert equal(a.x, b.x) and a.nfe == b.nfe
+    assert not torch.equal(a.x, other.x)
+    if name in STOCHASTIC:  # the seed drives the steps too, not only the start
+        x = torch.ones(3, 4)
+        c, d = (sample(plain(), x=x, solver=name, nfe=400 if name in ADAPTIVE else 12, seed=s) for s in (7, 8))
+        assert not torch.equal(c.x, d.x)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_threads_share_a_plan_and_a_score(name):
+    plan = trace(name, VP(), GRIDS["log_snr"](VP(), 12))
+    score = Score(elementwise, VP(), "x0")
+    x = White(0).initial((4, 50))
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(lambda seed: plan.run(score, x, seed=seed), [seed for seed in range(4) for _ in range(4)]))
+    for seed in range(4):
+        alone = plan.run(score, x, seed=seed)
+        assert all(equal(run, alone) for run in runs[4 * seed : 4 * seed + 4])
+
+
+def test_threads_share_solvers_without_a_table():
+    for name in [n for n in ALL if n not in LINEAR]:
+        with ThreadPoolExecutor(4) as pool:
+            runs = list(pool.map(lambda seed: sample(plain(), (2, 3), solver=name, nfe=300, grid="karras", seed=seed).x, [1, 2] * 4))  # noqa: B023
+        assert all(equal(run, runs[i % 2]) for i, run in enumerate(runs))
+
+
+class Module(torch.nn.Module):
+    """An elementwise network with parameters and a dropout layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.7))
+        self.drop = torch.nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.drop(self.scale * x)
+
+
+def surroundings(network: torch.nn.Module) -> tuple[Any, ...]:
+    numpy_state = np.random.get_state()  # noqa: NPY002
+    return (
+        torch.get_rng_state().tolist(),
+        (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]),  # pyright: ignore[reportArgumentType]
+        random.getstate(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        list(warnings.filters),
+        [m.training for m in network.modules()],
+        [p.grad for p in network.parameters()],
+        np.geterr(),
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_runs_leave_no_traces(name):
+    path = VP()
+    network = Module().train()
+    score = Score(network, path, "x0", mode="eval")
+    times = torch.tensor([0.99, 0.6, 0.3, 0.1, 0.01], dtype=torch.float64)
+    x = White(0).initial((3, 4))
+    kept = x.clone(), times.clone(), x._version, times._version
+    before = surroundings(network)
+    sample(score, (3, 4), solver=name, nfe=500 if name in ADAPTIVE else 20)
+    sample(score, x=x, solver=name, nfe=500 if name in ADAPTIVE else 20, seed=4)
+    out = integrate(name, score, x, times, trajectory=name not in ADAPTIVE and not hasattr(SOLVERS[name].solver, "solve"))
+    assert out.x.data_ptr() != x.data_ptr()
+    if name in LINEAR:
+        plan = trace(name, path, times)
+        plan.run(score, x)
+        Plan.from_json(plan.to_json()).run(score, x)
+        exact_law(plan, Gaussian(path, torch.zeros(2), std=0.5))
+    if name in DETERMINISTIC:
+        encode(score, x, solver=name, nfe=500 if name in ADAPTIVE else 20)
+    assert surroundings(network) == before
+    assert equal(x, kept[0]) and equal(times, kept[1])
+    assert (x._version, times._version) == kept[2:]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_failed_run_leaves_no_traces_either(name):
+    network = Module().train()
+    network.register_forward_hook(lambda *_: 1 / 0)
+    score = Score(network, VP(), "x0", mode="eval")
+    before = surroundings(network)
+    from sde.errors import NetworkError
+
+    with pytest.raises(NetworkError):
+        sample(score, (3, 4), solver=name, nfe=20)
+    assert surroundings(network) == before
+
+
+# --- dtypes ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_dtypes(name):
+    x = White(3).initial((5, 3), torch.float64)
+    out = {}
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        result = integrate(name, plain(), x.to(dtype), [0.99, 0.7, 0.5, 0.3, 0.1, 0.01], seed=2)
+        assert result.x.dtype == dtype
+        assert result.times.dtype == torch.float64
+        out[dtype] = result.x
+    if name not in ADAPTIVE:
+        reference = out[torch.float64]
+        assert (out[torch.float32].double() - reference).norm() < 1e-4 * reference.norm()
+        for half in (torch.float16, torch.bfloat16):  # the state is float32 inside: only the start and the end are rounded
+            inside = integrate(name, plain(), x.to(half).float(), [0.99, 0.7, 0.5, 0.3, 0.1, 0.01], seed=2)
+            assert equal(inside.x.to(half), out[half])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_global_modes_of_torch_do_not_matter(name):
+    nfe = 400 if name in ADAPTIVE else 12
+
+    def run() -> Tensor:
+        return sample(Score(elementwise, VP(), "x0"), (4, 3), solver=name, nfe=nfe, seed=2).x
+
+    expected = run()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert equal(run(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.inference_mode():
+        assert equal(run(), expected)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert equal(run(), expected)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert equal(run(), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert equal(run(), expected)
+
+
+# --- the table ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", ["vp", "edm", "linear"])
+@pytest.mark.parametrize("name", LINEAR)
+def test_what_the_network_predicts_does_not_matter(name, label):
+    path = PATHS[label]
+    gaussian = Gaussian(path, torch.tensor([0.4, -0.2, 0.1], dtype=torch.float64), std=0.6)
+    times = GRIDS["log_snr"](path, 9, 0.98 * path.T, 0.01 * path.T)
+    if name == "ddpm_discrete":
+        if label != "vp":
+            pytest.skip("variance-preserving paths only")
+        times = GRIDS["uniform"](path, 30, 0.98, 0.01)
+    x = White(1).initial((4, 3), torch.float64) * path.prior_std()
+    expected = integrate(name, gaussian, x, times, seed=6, trajectory=True).trajectory
+    for predicts in OUTPUTS:
+        score = Score(as_network(gaussian, path, predicts), path, predicts)
+        got = integrate(name, score, x, times, seed=6, trajectory=True).trajectory
+        assert (got - expected).abs().max() <= 1e-10 * expected.abs().max(), predicts
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_the_table_equals_the_march_and_survives_json(name):
+    path = VP()
+    times = GRIDS["uniform"](path, 25)
+    x = White(1).initial((4, 3), torch.float64)
+    for score in (plain(), Score(elementwise, path, "eps"), Score(elementwise, path, "v")):
+        march = integrate(name, score, x, times, seed=6, traced=False, trajectory=True)
+        table = integrate(name, score, x, times, seed=6, trajectory=True)
+        assert table.nfe == march.nfe
+        scale = march.trajectory.abs().amax(dim=(1, 2), keepdim=True).clamp(min=1.0)
+        assert ((table.trajectory - march.trajectory).abs() / scale).max() <= 1e-12
+        plan = trace(name, path, times)
+        again = Plan.from_json(plan.to_json())
+        assert again == plan and json.loads(again.to_json()) == json.loads(plan.to_json())
+        assert equal(plan.run(score, x, seed=6), table.x)
+        assert equal(again.run(score, x, seed=6), table.x)
+        draws = White(6).open(x.shape, x.dtype, x.device)
+        steps = plan.iterate(score, x, lambda k, s, t, like: draws.normal(k, s, t))
+        try:
+            state, knot = next(steps)
+            while True:
+                state, knot = steps.send(elementwise(state, torch.tensor(knot.t)))
+        except StopIteration as stop:
+            assert equal(stop.value, table.x)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_network_may_reuse_its_output_buffer(name):
+    buffer = torch.empty(4, 3)
+
+    def reusing(x: Tensor, t: Tensor) -> Tensor:
+        buffer.copy_(elementwise(x, t))
+        return buffer
+
+    for predicts in ("x0", "eps", "v"):
+        a, b = (sample(Score(net, VP(), predicts), (4, 3), solver=name, nfe=12, seed=1).x for net in (reusing, elementwise))
+        assert equal(a, b)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_trajectories_and_callbacks_do_not_change_the_result(name):
+    if hasattr(SOLVERS[name].solver, "solve"):
+        pytest.skip("a back end of a library")
+    seen = []
+
+    def callback(info):
+        seen.append(info)
+        info.x.zero_()  # its own copy
+
+    expected = sample(plain(), (3, 2), solver=name, steps=5, seed=1)
+    out = sample(plain(), (3, 2), solver=name, steps=5, seed=1, trajectory=True, callback=callback)
+    assert equal(out.x, expected.x) and equal(out.trajectory[-1], expected.x)
+    assert out.trajectory.shape == (6, 3, 2)
+    assert [i.i for i in seen] == [0, 1, 2, 3, 4] and {i.n for i in seen} == {5}
+    assert [i.t for i in seen] == out.times[1:].tolist()
+    assert [i.nfe for i in seen] == sorted(i.nfe for i in seen) and seen[-1].nfe == out.nfe
+    start = sample(plain(), x=out.trajectory[0].clone(), solver=name, steps=5, seed=1)
+    assert equal(start.x, expected.x)
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_gradients_in_the_start_are_those_of_finite_differences(name):
+    if name.startswith("torchsde"):
+        pytest.skip("a back end of a library")
+    x = White(1).initial((2, 2), torch.float64).requires_grad_()
+
+    def run(x: Tensor) -> Tensor:
+        return integrate(name, plain(), x, [0.9, 0.5, 0.2, 0.05], seed=1, grad=True).x
+
+    assert torch.autograd.gradcheck(run, (x,))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_flow_to_parameters_only_when_asked(name):
+    network = Module().eval()
+    score = Score(network, VP(), "x0")
+    x = torch.ones(2, 3, requires_grad=True)
+    out = integrate(name, score, x, [0.9, 0.5, 0.05], trajectory=not hasattr(SOLVERS[name].solver, "solve"))
+    for tensor in (out.x, out.trajectory):
+        assert tensor is None or (tensor.grad_fn is None and not tensor.requires_grad)
+    out = integrate(name, score, x, [0.9, 0.5, 0.05], grad=True)
+    out.x.sum().backward()
+    for tensor in (x, network.scale):
+        assert tensor.grad is not None and tensor.grad.isfinite().all() and tensor.grad.abs().sum() > 0
+    with torch.no_grad():
+        out = integrate(name, score, x.detach(), [0.9, 0.5, 0.05], grad=True)
+    assert out.x.requires_grad
+
+
+# --- encode ------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_encode_inverts_sample_or_refuses(name):
+    path = EDM(T=10.0, t_min=0.01)
+    gaussian = Gaussian(path, torch.tensor([0.4, -0.2], dtype=torch.float64), std=0.6)
+    data = gaussian.sample(5, path.t_min, 0, dtype=torch.float64)
+    budget = {"nfe": 1000} if name in ADAPTIVE else {"steps": 100}
+    if name in STOCHASTIC:
+        with pytest.raises(InputError, match=f"{name!r} is stochastic"):
+            encode(gaussian, data, solver=name, **budget)
+        return
+    latent = encode(gaussian, data, solver=name, **budget)
+    assert latent.times[0] == path.t_min and latent.times[-1] == path.T
+    back = sample(gaussian, x=latent.x, solver=name, **budget)
+    error = float((back.x - data).abs().max())
+    order = SOLVERS[name].solver.order or 2.0
+    in_rho = name.startswith("edm") or name in ADAPTIVE or order == 1.0 or "unipc" in name or "dpm" in name
+    assert error < (1e-5 if name == "edm_rk4" else {1.0: 0.2, 2.0: 0.02, 3.0: 0.02, 4.0: 1e-3}[order] if in_rho else 0.3), error
+
+
+# --- memory --------------------------------------------------------------------------------------------------------------------------------------
+
+
+class Live(TorchDispatchMode):
+    """Counts live storages of at least ``size`` bytes that are born inside, and their peak."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.live, self.peak = size, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key = storage.data_ptr()
+                if storage.nbytes() >= self.size and key not in self.live:
+                    self.live[key] = weakref.finalize(storage, self.live.pop, key, None)
+                    self.peak = max(self.peak, len(self.live))
+        return out
+
+
+@pytest.mark.parametrize(("name", "most"), [("ddim", 2), ("ddpm", 3), ("dpmpp_2m", 4), ("edm_heun", 4), ("unipc_3", 7), ("rk4", 5)])
+def test_live_buffers_of_the_size_of_the_state(name, most):
+    x = torch.zeros(4, 3, 160, 160)
+    size = x.numel() * 4
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return torch.ones_like(x)
+
+    peaks = []
+    for steps in (6, 24):
+        with Live(size) as watch:
+            watch.live[x.untyped_storage().data_ptr()] = None
+            base = len(watch.live)
+            integrate(name, Score(network, VP(), "eps"), x, GRIDS["uniform"](VP(), steps))
+        peaks.append(watch.peak - base)
+    assert peaks[0] == peaks[1] <= most, peaks
+
+
+# --- the law ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in STOCHASTIC if n in LINEAR])
+def test_sampled_law_is_the_exact_law(name):
+    path = VP()
+    gaussian = Gaussian(path, torch.tensor([0.7], dtype=torch.float64), std=0.4)
+    times = GRIDS["uniform" if name == "ddpm_discrete" else "cosine"](path, 25 if name == "ddpm_discrete" else 4, 0.95, 0.05)
+    plan = trace(name, path, times)
+    law = exact_law(plan, gaussian, start=(0.2, 1.3))
+    n = 20_000
+    x = 0.2 + math.sqrt(1.3) * White(11).initial((n, 1), torch.float64)
+    for source in (White(12), Brownian(12)):
+        out = plan.run(gaussian, x, noise=source)
+        z_mean = float((out.mean() - law.mean) / (law.variance / n).sqrt())
+        z_var = float((out.var() / law.variance - 1.0) / math.sqrt(2.0 / (n - 1)))
+        assert abs(z_mean) < 5 and abs(z_var) < 5, (source, z_mean, z_var)
+
+
+def test_reverse_sde_and_flow_problems_choose_the_noise_level():
+    x = torch.ones(2, 3, dtype=torch.float64)
+    times = [0.9, 0.5, 0.1]
+    assert equal(integrate("ddim", plain(), x, times).x, integrate("ddpm", ProbabilityFlow(VP(), plain()), x, times).x)
+    assert equal(integrate("ddim", ReverseSDE(VP(), plain()), x, times).x, integrate("ddpm", plain(), x, times).x)
