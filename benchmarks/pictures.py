@@ -133,12 +133,12 @@ def _panel(ax: Any, outcome: Outcome, key: str, solvers: Sequence[str], theme: T
         if trend is not None and value[-1] > 0.0:
             labels.append((max(value[-1], low), f"{trend:.1f}", colour))
     _end_labels(ax, labels, low, high)
+    if labels:
+        ax.annotate("slope", (1.0, 1.0), xycoords="axes fraction", va="top", color=theme.quiet, fontsize=8.5)
     if key == "sliced_w2":
         ax.axhspan(max(floor.mean - 2 * floor.sd, low), floor.mean + 2 * floor.sd, color=theme.quiet, alpha=0.22, lw=0)
         ax.axhline(floor.mean, color=theme.quiet, lw=1.0)
-        ax.annotate(
-            "floor", (0.015, floor.mean), xycoords=("axes fraction", "data"), va="bottom", color=theme.quiet, fontsize=8.5
-        )
+        ax.annotate("floor", (1.01, floor.mean), xycoords=("axes fraction", "data"), va="center", color=theme.quiet, fontsize=9)
     elif outcome.reference_error > low:
         ax.axhline(outcome.reference_error, color=theme.quiet, lw=1.0, ls=":")
     ticks = sorted({r.nfe for r in rows if r.nfe is not None} & {r.budget for r in rows})

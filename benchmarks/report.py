@@ -40,7 +40,7 @@ small { color: var(--quiet); font-size: .8em; font-weight: 400; }
 .best { color: var(--good); font-weight: 700; }
 .floor { color: var(--good); }
 figure { margin: 1.2rem 0; }
-img { max-width: 100%; height: auto; display: block; border-radius: 6px; }
+img { width: 100%; min-width: 42rem; height: auto; display: block; border-radius: 6px; }
 code { font: .88em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: var(--soft);
   padding: .1em .3em; border-radius: 4px; }
 pre { background: var(--soft); padding: .8rem 1rem; border-radius: 6px; overflow-x: auto; }
@@ -106,8 +106,8 @@ def _figure(name: str, images: Mapping[str, Picture], caption: str) -> str:
     picture = images[name]
     light, dark = (f"data:image/png;base64,{base64.b64encode(p).decode('ascii')}" for p in (picture.light, picture.dark))
     return (
-        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{text(picture.alt)}"></picture><figcaption>{text(caption)}</figcaption></figure>'
+        f'<figure><div class="scroll"><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{text(picture.alt)}"></picture></div><figcaption>{text(caption)}</figcaption></figure>'
     )
 
 
@@ -161,7 +161,7 @@ def _cell(outcome: Outcome, row: Row, key: str) -> str:
     if value is None:
         return "<small>-</small>"
     shown = number(value)
-    if outcome.best(row.budget, key) is row:
+    if outcome.best(row.budget, key) is row and not (key == "sliced_w2" and row.within_floor):
         shown = f'<span class="best">{shown}</span>'
     if key == "sliced_w2" and row.within_floor:
         shown += ' <span class="floor">✓</span>'

@@ -100,12 +100,12 @@ def winner(outcome: Outcome, budget: int) -> str:
 
 
 def closest(outcome: Outcome, budget: int) -> str:
-    """Who is closest to true data at this budget. Within the floor there is no order, so all that are there are named or counted."""
+    """Who is closest to true data at this budget. Within the floor there is no order: who is there is named or counted."""
     rows = [r for r in outcome.rows if r.budget == budget and r.sliced_w2 is not None]
     level = [r.solver for r in rows if r.within_floor]
     if len(level) > 2:
-        return f"{len(level)} of {len(rows)} at the floor"
+        return f"{len(level)} of {len(rows)} at floor"
     if level:
-        return f"{' and '.join(level)} at the floor"
+        return f"{' and '.join(level)} at floor"
     row = outcome.best(budget, "sliced_w2")
     return "" if row is None else f"{row.solver} {number(row.sliced_w2)}"

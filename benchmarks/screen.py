@@ -99,10 +99,12 @@ class Screen:
         print_ = self.console.print
         print_()
         for say, words in ((winner, "Least strong error"), (closest, "Closest to true data")):
-            table = Table(box=None, title=Text(words, style="bold"), title_justify="left", show_header=False, padding=(0, 2))
+            table = Table(
+                box=None, title=Text(words, style="bold"), title_justify="left", show_header=False, padding=(0, 2, 0, 0)
+            )
             for outcome in outcomes:
                 cells = ((b, say(outcome, b)) for b in milestones(self.config.nfe))
-                table.add_row(outcome.name, *(f"NFE {b}: {words}" if words else "" for b, words in cells))
+                table.add_row(f"  {outcome.name}", *(f"NFE {b}: {words}" if words else "" for b, words in cells))
             print_(table)
         out = self.config.out
         print_(f"\n{seconds:.0f} s. Open {out / 'report.html'}", style="bold", markup=False, soft_wrap=True)

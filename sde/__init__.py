@@ -1,5 +1,8 @@
 """What is being solved: noise paths, predictions, forward and reverse SDEs, the probability flow."""
 
+from .noise import Brownian as Brownian
+from .noise import White as White
+from .noise import clock as clock
 from .path import EDM as EDM
 from .path import VE as VE
 from .path import VP as VP

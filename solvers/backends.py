@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sde.errors import InputError, StepLimitError
+from sde.errors import InputError, NetworkError, StepLimitError
 from sde.prediction import Knot
 
-from .base import Evaluator
+from .base import Evaluator, non_finite
 
 Draw = Callable[[int, Knot, Knot, Tensor], Tensor]
+After = Callable[[int, Tensor], Any] | None
 
 
 class Outcome(NamedTuple):
@@ -61,26 +62,36 @@ class TorchDiffEq:
         if isinstance(self.max_nfe, bool) or not isinstance(self.max_nfe, int) or self.max_nfe < 1:
             raise InputError(f"max_nfe={self.max_nfe!r}: must be an int >= 1")
 
-    def solve(self, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Draw) -> Outcome:
+    def solve(self, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Draw, after: After = None) -> Outcome:
+        x = x.contiguous()  # its norm of the error rounds with the layout
         for k in (grid[0], grid[-1]):
             if not math.isfinite(k.dsigma + k.dalpha):
                 raise InputError(f"the slope of x in t is infinite at t = {k.t:g} (sigma' = {k.dsigma:g}): give start or stop off it, such as t_min")
-        if not self.per_sample:
-            return self._solve(evaluator, x, grid)
-        parts = [self._solve(evaluator, x[i : i + 1], grid) for i in range(len(x))]
-        return Outcome(torch.cat([p.x for p in parts]), sum(p.accepted or 0 for p in parts), sum(p.rejected or 0 for p in parts))
+        if self.per_sample:
+            parts = [self._solve(evaluator, x[i : i + 1], grid, i) for i in range(len(x))]
+            accepted, rejected = (sum(getattr(p, kind) for p in parts) for kind in ("accepted", "rejected"))
+            out = Outcome(torch.cat([p.x for p in parts]), accepted, rejected)
+        else:
+            out = self._solve(evaluator, x, grid)
+        _only_step(after, grid, out.x, self.method)
+        return out
 
-    def _solve(self, evaluator: Evaluator, x: Tensor, grid: list[Knot]) -> Outcome:
+    def _solve(self, evaluator: Evaluator, x: Tensor, grid: list[Knot], row: int = 0) -> Outcome:
         from torchdiffeq import odeint
 
-        flow = _Flow(evaluator, grid[0], grid[-1], self.max_nfe)
+        flow = _Flow(evaluator, grid[0], grid[-1], self.max_nfe, x)
         times = torch.tensor([grid[0].t, grid[-1].t], dtype=torch.float64, device=x.device)
         options = {"dtype": torch.float64, "step_t": times[-1:]}
         try:
             y = odeint(flow, x, times, rtol=self.rtol, atol=self.atol, method=self.method, options=options)
-        except AssertionError as error:  # torchdiffeq's "underflow in dt": the state or the slope is not finite
+        except NetworkError as error:
+            error.step, error.samples = flow.accepted, tuple(row + i for i in error.samples)
+            raise
+        except (AssertionError, _NotFinite) as error:  # torchdiffeq's "underflow in dt": a slope is not finite or too steep
+            if non_finite(flow.slope):
+                return Outcome(torch.full_like(x, math.nan), flow.accepted, flow.rejected)  # a replay finds the network's output
             raise StepLimitError(
-                f"{self.method}: the step size vanished at t = {flow.last:g} ({error}): the field is not finite or too steep there; "
+                f"{self.method}: the step size vanished at t = {flow.last:g} ({error}): the field is too steep there; "
                 f"raise the tolerances (rtol={self.rtol:g}) or stop earlier",
                 t=flow.last,
                 rejected=flow.rejected,
@@ -92,12 +103,12 @@ class TorchDiffEq:
 class _Flow:
     """The velocity as torchdiffeq's func(t, x), with its step callbacks."""
 
-    def __init__(self, evaluator: Evaluator, s: Knot, t: Knot, max_nfe: int) -> None:
+    def __init__(self, evaluator: Evaluator, s: Knot, t: Knot, max_nfe: int, x: Tensor) -> None:
         self.evaluator, self.low, self.high, self.max_nfe = evaluator, min(s.t, t.t), max(s.t, t.t), max_nfe
         self.ends, self.ends_at = {s.t: s, t.t: t}, t.t
         self.accepted = self.rejected = 0
         self.first = evaluator.tally.nfe
-        self.last, self.state = s.t, evaluator.x
+        self.last, self.state, self.slope = s.t, x, x
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         if self.evaluator.tally.nfe - self.first >= self.max_nfe:
@@ -110,7 +121,8 @@ class _Flow:
             )
         at = min(max(float(t), self.low), self.high)  # one ulp outside is the end itself
         knot = self.ends.get(at) or self.evaluator.path.knot(at)
-        return self.evaluator.predict(x, knot).combine(knot.dalpha, knot.dsigma).to(x.dtype)
+        self.slope = self.evaluator.predict(x, knot).combine(knot.dalpha, knot.dsigma).to(x.dtype)
+        return self.slope
 
     def callback_accept_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
         self.accepted += 1
@@ -119,6 +131,21 @@ class _Flow:
 
     def callback_reject_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
         self.rejected += 1
+        if non_finite(self.slope):  # every stage feeds the last one: no smaller step will do
+            raise _NotFinite("not finite")
+
+
+class _NotFinite(Exception):
+    """Leaves torchdiffeq's loop."""
+
+
+def _only_step(after: After, grid: list[Knot], x: Tensor, method: str) -> None:
+    """Callbacks of a solver that chooses its own steps: one, at the end."""
+    if after is None:
+        return
+    if len(grid) > 2:
+        raise InputError(f"callback, trajectory and progress follow the grid, but {method} chooses its own steps: give two times, or integrate in parts")
+    after(0, x)
 
 
 @dataclass(frozen=True)
@@ -127,8 +154,8 @@ class TorchSDE:
 
     srk has weak order 2 and strong order 1.5; where the score is affine (Gaussian data) its strong order is 2.
 
-    Fixed steps follow the grid's number of steps, equal in t between its ends. Their normals come from ``sde.noise``, so sample i depends on (seed, i)
-    alone. With ``adaptive`` torchsde controls the step by ``rtol`` and ``atol`` and draws from its own BrownianInterval, shared by the batch. "srk" wants
+    Fixed steps are those of the grid. Their normals come from ``sde.noise``, so sample i depends on (seed, i) alone. With ``adaptive`` torchsde controls
+    the step by ``rtol`` and ``atol`` between the grid's ends, and draws from its own BrownianInterval, shared by the batch. "srk" wants
     the diffusion as (B, d, d), which bounds the state's size.
     """
 
@@ -160,63 +187,73 @@ class TorchSDE:
     def strong(self) -> float | None:
         return None if self.adaptive else 1.5 if self.method == "srk" else 1.0
 
-    def solve(self, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Draw) -> Outcome:
+    def solve(self, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Draw, after: After = None) -> Outcome:
         import torchsde
 
         d = x[0].numel() if len(x) else 0
         if self.method == "srk" and len(x) * d * d > 2**27:
             raise InputError(f"torchsde's srk needs a diffusion of shape ({len(x)}, {d}, {d}): too large; use torchsde_euler or 'dpmpp_2m_sde'")
-        field = _Reverse(evaluator, grid, x.shape, self)
-        flat = x.reshape(len(x), d)
-        span = abs(grid[-1].t - grid[0].t)
-        clock = torch.tensor([0.0, span], dtype=torch.float64, device=x.device)
+        y = x.reshape(len(x), d).contiguous()
+        steps = [(grid[0], grid[-1])] if self.adaptive else list(zip(grid, grid[1:], strict=False))
+        bm: Any = _Increments(draw, y)
+        for i, (s, t) in enumerate(steps):
+            span = abs(t.t - s.t)
+            if self.adaptive:
+                first = draw(0, s, s, x)  # the run's seed, through its first normals
+                entropy = int(first.reshape(-1)[0].double().view(torch.int64)) & (2**31 - 1)
+                kind = "space-time" if self.method == "srk" else "none"
+                bm = torchsde.BrownianInterval(
+                    0.0, span, size=y.shape, dtype=x.dtype, device=str(x.device), entropy=entropy, levy_area_approximation=kind
+                )
+            else:
+                bm.step = s, t
+            field = _Reverse(evaluator, s, t, x.shape, self)
+            clock = torch.tensor([0.0, span], dtype=torch.float64, device=x.device)
+            dt = span / (len(grid) - 1) if self.adaptive else span
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torchsde advises on its own defaults
+                y = torchsde.sdeint(field, y, clock, bm=bm, method=self.method, dt=dt, adaptive=self.adaptive, rtol=self.rtol, atol=self.atol)[-1]
+            if after is not None and not self.adaptive:
+                after(i, y.reshape(x.shape))
+        out = y.reshape(x.shape)
         if self.adaptive:
-            first = draw(0, grid[0], grid[0], x)  # the run's seed, through its first normals
-            entropy = int(first.reshape(-1)[0].double().view(torch.int64)) & (2**31 - 1)
-            kind = "space-time" if self.method == "srk" else "none"
-            bm: Any = torchsde.BrownianInterval(
-                0.0, span, size=flat.shape, dtype=x.dtype, device=str(x.device), entropy=entropy, levy_area_approximation=kind
-            )
-        else:
-            bm = _Increments(draw, grid, x)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torchsde advises on its own defaults
-            y = torchsde.sdeint(
-                field, flat, clock, bm=bm, method=self.method, dt=span / (len(grid) - 1), adaptive=self.adaptive, rtol=self.rtol, atol=self.atol
-            )
-        return Outcome(y[-1].reshape(x.shape), None, None)
+            _only_step(after, grid, out, f"torchsde's adaptive {self.method}")
+        return Outcome(out, None, None)
 
 
 class _Reverse:
-    """The reverse SDE in torchsde's increasing clock tau = t_0 - t."""
+    """The reverse SDE from s to t in torchsde's increasing clock tau = |u - s|."""
 
     sde_type = "ito"
 
-    def __init__(self, evaluator: Evaluator, grid: list[Knot], shape: torch.Size, solver: TorchSDE) -> None:
+    def __init__(self, evaluator: Evaluator, s: Knot, t: Knot, shape: torch.Size, solver: TorchSDE) -> None:
         self.evaluator, self.shape, self.solver = evaluator, shape, solver
-        self.start, self.stop = grid[0], grid[-1]
-        self.direction = 1.0 if self.stop.t > self.start.t else -1.0
+        self.start, self.stop, self.span = s, t, abs(t.t - s.t)
+        self.direction = 1.0 if t.t > s.t else -1.0
         self.noise_type = "additive" if solver.method == "srk" else "diagonal"
         self._seen: tuple[float, Tensor, int] | None = None
         self._value: Tensor | None = None
 
     def _knot(self, tau: Any) -> Knot:
-        t = self.start.t + self.direction * float(tau)
-        t = min(max(t, min(self.start.t, self.stop.t)), max(self.start.t, self.stop.t))
-        return self.evaluator.path.knot(t)
+        tau = float(tau)
+        if tau <= 0.0 or tau >= self.span:
+            return self.start if tau <= 0.0 else self.stop
+        return self.evaluator.path.knot(self.start.t + self.direction * tau)
 
     def f(self, tau: Any, y: Tensor) -> Tensor:
         # torchsde checks the contract with one call at the start, which is the first step's own: evaluated once
-        if self._seen is not None and self._seen[0] == float(tau) and self._seen[1] is y and self._seen[2] == y._version:
+        version = None if y.is_inference() else y._version
+        if self._seen is not None and self._seen[0] == float(tau) and self._seen[1] is y and self._seen[2] == version:
             return self._value  # pyright: ignore[reportReturnType]
-        if self.evaluator.tally.nfe >= self.solver.max_nfe:
-            raise StepLimitError(f"max_nfe={self.solver.max_nfe} network calls used at t = {self._knot(tau).t:g}: raise max_nfe or the tolerances")
         k = self._knot(tau)
+        if self.evaluator.tally.nfe >= self.solver.max_nfe:
+            state = y.detach().reshape(self.shape).clone()
+            raise StepLimitError(f"max_nfe={self.solver.max_nfe} network calls used at t = {k.t:g}: raise max_nfe or the tolerances", t=k.t, partial=state)
         eta = self.evaluator.eta(k)
         extra = 0.0 if eta == 0.0 else 0.5 * eta * eta * k.g2 / k.sigma
         drift = self.evaluator.predict(y.reshape(self.shape), k).combine(k.dalpha, k.dsigma + extra)
         value = (self.direction * drift).reshape(y.shape)
-        self._seen, self._value = (float(tau), y, y._version), value
+        self._seen, self._value = (float(tau), y, version), value
         return value
 
     def g(self, tau: Any, y: Tensor) -> Tensor:
@@ -228,25 +265,26 @@ class _Reverse:
 
 
 class _Increments:
-    """Brownian increments for torchsde's fixed steps, drawn a step at a time from ``sde.noise``; with the space-time area U where it is asked for."""
+    """The Brownian increment of one step for torchsde, drawn from ``sde.noise``; with the space-time area U where it is asked for."""
 
-    def __init__(self, draw: Draw, grid: list[Knot], x: Tensor) -> None:
-        self.draw, self.grid, self.x, self.count = draw, grid, x, 0
-        self.shape, self.dtype, self.device = (len(x), x[0].numel() if len(x) else 0), x.dtype, x.device
+    def __init__(self, draw: Draw, y: Tensor) -> None:
+        self.draw, self.count = draw, 0
+        self.shape, self.dtype, self.device, self.like = tuple(y.shape), y.dtype, y.device, y
         self.levy_area_approximation = "space-time"
+        self.step: tuple[Knot, Knot]
 
     def size(self) -> tuple[int, ...]:
         return self.shape
 
-    def _normal(self) -> Tensor:
-        here = self.grid[0]
+    def _normal(self, s: Knot, t: Knot) -> Tensor:
         self.count += 1
-        return self.draw(self.count - 1, here, here, self.x).reshape(self.shape)
+        return self.draw(self.count - 1, s, t, self.like).reshape(self.shape)
 
     def __call__(self, ta: Any, tb: Any, return_U: bool = False, return_A: bool = False) -> Any:
         h = float(tb) - float(ta)
-        w = math.sqrt(h) * self._normal()
+        s, t = self.step
+        w = math.sqrt(h) * self._normal(s, t)
         if not return_U:
             return w
         # int_ta^tb (W_s - W_ta) ds = h (W/2 + H) with H ~ N(0, h/12) independent of W
-        return w, h * (0.5 * w + math.sqrt(h / 12.0) * self._normal())
+        return w, h * (0.5 * w + math.sqrt(h / 12.0) * self._normal(s, s))

@@ -57,7 +57,7 @@ SOLVERS: dict[str, Entry] = {
     # stochastic
     "euler_maruyama": Entry(EulerMaruyama(), "Euler-Maruyama of the reverse SDE", "Maruyama 1955; " + _SONG, eta=1.0),
     "exponential_integrator": Entry(FrozenScore(), "linear part exact, score frozen", "Zhang & Chen 2023", eta=1.0),
-    "ddpm": Entry(Multistep(1, "x0"), "exact posterior q(x_t | x_s, x0): ancestral sampling", "Ho et al. 2020 (DDPM)", eta=1.0),
+    "ddpm": Entry(Multistep(1, "x0"), "exact posterior of x_t given x_s and x0: ancestral sampling", "Ho et al. 2020 (DDPM)", eta=1.0),
     "ddpm_discrete": Entry(DiscreteDDPM(), "DDPM with beta_k = beta(t_k) h; eta = 1 only", "Pierret & Galerne 2025", eta=1.0),
     "dpmpp_2m_sde": Entry(Multistep(2, "x0", rule="midpoint"), "two-step in x0 with noise, published weights", _LU, eta=1.0),
     "edm_sde": Entry(Churn(RungeKutta(HEUN, "rho")), "EDM's stochastic Heun with churn 40", _KARRAS),
@@ -91,3 +91,20 @@ def resolve(solver: Any, eta: Any = None) -> tuple[str, Solver, Any]:
     if not isinstance(solver, type) and (isinstance(solver, Solver) or hasattr(solver, "solve")):
         return str(solver), solver, 0.0 if eta is None else eta
     raise InputError(f"solver={solver!r}: give a name of SOLVERS or a solver object such as Multistep(2, 'x0')")
+
+
+def markdown_table() -> str:
+    """The table of samplers in the README: one row an entry, orders as declared and measured."""
+    head = "| name | what it is | order | calls a step | eta | reference |\n|---|---|---|---|---|---|"
+    return "\n".join([head, *(_markdown_row(name, entry) for name, entry in SOLVERS.items())])
+
+
+def _markdown_row(name: str, entry: Entry) -> str:
+    solver = entry.solver
+    adaptive = getattr(solver, "adaptive", False)
+    noisy = solver.stochastic and (entry.eta != 0.0 or not solver.takes_eta)
+    pairs = (("weak", solver.weak), ("strong", solver.strong)) if noisy else (("", solver.order),)
+    order = "by tolerance" if adaptive else ", ".join(f"{kind} {value:g}".strip() for kind, value in pairs if value is not None)
+    calls = "adaptive" if adaptive else f"{solver.stages:g}"
+    eta = f"{entry.eta:g}" if solver.takes_eta else "-"
+    return f"| `{name}` | {entry.summary} | {order} | {calls} | {eta} | {entry.reference} |"

@@ -48,8 +48,8 @@ class Langevin:
 
 
 def _norm(x: Tensor) -> Tensor:
-    """The Euclidean norm of each sample, shaped (B, 1, ...), the same bits whatever the batch."""
-    rows = [torch.linalg.vector_norm(row) for row in x.unbind(0)]
+    """The Euclidean norm of each sample, shaped (B, 1, ...), the same bits whatever the batch and its layout in memory."""
+    rows = [torch.linalg.vector_norm(row) for row in x.reshape(len(x), -1).unbind(0)]
     return torch.stack(rows).reshape(-1, *[1] * (x.dim() - 1))
 
 

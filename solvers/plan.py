@@ -258,13 +258,12 @@ class Plan:
             d = json.loads(text)
             if d["format"] != FORMAT:
                 raise InputError(f"the plan has format {d['format']!r}, this version reads format {FORMAT}")
-            last = len(d["grid"]) - 1
             kinds = {"call": _read_call, "normal": _read_normal, "lin": _read_lin}
             plan = Plan(
                 solver=str(d["solver"]),
                 path=str(d["path"]),
                 times=tuple(map(float, d["times"])),
-                grid=tuple(Knot(*map(float, k), i, last) for i, k in enumerate(d["grid"])),
+                grid=tuple(_read_knot(k) for k in d["grid"]),
                 knots=tuple(_read_knot(k) for k in d["knots"]),
                 rows=tuple(kinds[row[0]](row[1:]) for row in d["rows"]),
                 states=tuple(map(int, d["states"])),

@@ -208,7 +208,7 @@ def _run(
         plan = trace_solver(solver, score.path, times, eta, name)
     grid = list(plan.grid) if plan is not None else score.path.knots(times, grid=True)
     state = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    evaluator = Evaluator(score, x, conditions or {}, _eta_function(eta) if not isinstance(eta, tuple) else _no_eta)
+    evaluator = Evaluator(score, state, conditions or {}, _eta_function(eta) if not isinstance(eta, tuple) else _no_eta)
     if len(x) == 0:
         return Solution(x.clone(), 0, 0, torch.tensor(times, dtype=torch.float64), time.perf_counter() - began, name)
     recorder = _Recorder(grid, evaluator, callback, [state.clone()] if trajectory else None, progress)
@@ -219,7 +219,7 @@ def _run(
         if plan is not None:
             out = _run_plan(plan, score, evaluator, state, draw, after, not grad)
         elif hasattr(solver, "solve"):
-            out, accepted, rejected = solver.solve(evaluator, state, grid, draw)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+            out, accepted, rejected = _solve(solver, name, evaluator, state, grid, draw, after)
         else:
             out = _march(solver, evaluator, state, grid, draw, after)  # pyright: ignore[reportArgumentType]
         if non_finite(out):
@@ -243,7 +243,7 @@ def _run_plan(
     plan: Plan, score: Predictor, evaluator: Evaluator, x: Tensor, draw: Any, after: Any, in_place: bool
 ) -> Tensor:
     program = plan.program(score, in_place)
-    calls = _with_step(evaluator.prepare(plan.knots), plan, evaluator.x.dtype)
+    calls = evaluator.prepare(plan.knots)
     gen = execute(program, x, draw, after)
     try:
         k, state = next(gen)
@@ -254,13 +254,6 @@ def _run_plan(
     except NetworkError as error:
         _locate(error, plan.solver, plan.grid)
         raise
-
-
-def _with_step(calls: list[Any], plan: Plan, dtype: torch.dtype) -> list[Any]:
-    """For a half-precision start the state is float32 and the network sees its own dtype."""
-    if dtype not in (torch.float16, torch.bfloat16):
-        return calls
-    return [lambda state, call=call: call(state.to(dtype)).float() for call in calls]
 
 
 def _march(solver: Solver, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Any, after: Any) -> Tensor:
@@ -275,26 +268,20 @@ def _march(solver: Solver, evaluator: Evaluator, x: Tensor, grid: list[Knot], dr
             after(i, state)
         return state
 
-    half = evaluator.x.dtype in (torch.float16, torch.bfloat16)
-    problem: Any = _Half(evaluator) if half else evaluator
     try:
-        return march(solver, problem, x, grid, noise, keep)
+        return march(solver, evaluator, x, grid, noise, keep)
     except NetworkError as error:
         _locate(error, str(solver), tuple(grid))
         raise
 
 
-class _Half:
-    """An evaluator whose network sees the caller's half-precision dtype while the state stays float32."""
-
-    def __init__(self, inner: Evaluator) -> None:
-        self.inner, self.path, self.eta, self.keep = inner, inner.path, inner.eta, inner.keep
-
-    def predict(self, x: Tensor, knot: Knot) -> Any:
-        from .base import Affine
-
-        y = self.inner.output(x.to(self.inner.x.dtype), knot).float()
-        return Affine(x, y, self.inner.score.row(knot), knot)
+def _solve(solver: Any, name: str, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Any, after: Any) -> Any:
+    """A back end of a library, which has its own loop."""
+    try:
+        return solver.solve(evaluator, x, grid, draw, after)
+    except NetworkError as error:
+        _locate(error, name, grid)
+        raise
 
 
 def _locate(error: NetworkError, name: str, grid: Sequence[Knot]) -> None:

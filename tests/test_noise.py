@@ -225,7 +225,7 @@ def select(source: White | Brownian, **streams: object) -> White | Brownian:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", SHAPES, ids=str)
 def test_bits_depend_on_seed_and_index_alone(source: White | Brownian, dtype: torch.dtype, size: tuple[int, ...]) -> None:
-    batch = 1000 if math.prod(size) < 10 else 70
+    batch = 1000 if math.prod(size) < 10 else 300 if math.prod(size) < 100 else 70
     whole = together(source, (batch, *size), dtype)
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -562,7 +562,7 @@ def test_many_steps(cells: int, steps: int, batch: int) -> None:
         sys.setrecursionlimit(limit)
     assert batch == 0 or abs(total / (2 * steps) - 1) < 5 * math.sqrt(1 / steps)
     assert len(draws._ahead) <= math.log2(cells) + 2  # type: ignore[attr-defined]
-    assert len(draws._knots) <= 2 + 2 * steps / min(cells, steps)  # type: ignore[attr-defined]
+    assert len(draws._knots) <= 6 + 6 * steps / cells  # of one cell or two  # type: ignore[attr-defined]
 
 
 def test_memory_is_a_few_states_and_freed() -> None:

@@ -1,0 +1,80 @@
+"""The README tells the truth: its code runs, its table is the catalogue's, its commands exist; imports keep the arrows of the layout."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path as File
+
+import pytest
+
+from benchmarks.__main__ import COMMANDS
+from benchmarks.samplers import with_table
+from solvers import GRIDS, SOLVERS
+
+ROOT = File(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_python_blocks_run_in_order(capsys):
+    scope: dict[str, object] = {}
+    code = blocks("python")
+    assert len(code) >= 3
+    for block in code:
+        exec(compile(block, "README.md", "exec"), scope)  # noqa: S102
+    assert "torch.Size([64, 2])" in capsys.readouterr().out
+
+
+def test_the_table_is_the_catalogue():
+    assert with_table(README) == README, "run: python -m benchmarks samplers --write"
+
+
+def test_every_command_of_the_readme_exists():
+    named = set(re.findall(r"python -m benchmarks (\w+)", README))
+    assert named <= set(COMMANDS)
+    targets = set(re.findall(r"^make (\w+)", "\n".join(blocks("sh")), flags=re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert targets >= {"quick", "test"}
+    assert all(re.search(rf"^{t}:", makefile, flags=re.MULTILINE) for t in targets)
+
+
+def test_every_sampler_and_grid_named_in_the_readme_exists():
+    named = set(re.findall(r'solver="(\w+)"', README)) | set(re.findall(r'trace\("(\w+)"', README))
+    assert named <= set(SOLVERS)
+    assert set(re.findall(r'grid="(\w+)"', README)) <= set(GRIDS)
+
+
+ALLOWED = {
+    "sde": {"sde", "torch", "numpy"},
+    "scores": {"scores", "sde", "torch", "numpy"},
+    "solvers": {"solvers", "sde", "torch", "numpy", "torchdiffeq", "torchsde", "tqdm", "hypothesis"},
+}
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_follow_the_arrows(package):
+    """sde <- scores, sde <- solvers, all <- benchmarks; the core imports torch, torchdiffeq, torchsde, numpy and tqdm alone."""
+    import sys
+
+    for file in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                names = [node.module]
+            for name in names:
+                top = name.split(".")[0]
+                assert top in ALLOWED[package] or top in sys.stdlib_module_names, f"{file.name} imports {name}"
+
+
+def test_importing_the_core_is_light():
+    """No plotting, no benchmark library, no solver back end is imported with the packages."""
+    import subprocess
+    import sys
+
+    code = "import sys, sde, scores, solvers; print(' '.join(m for m in ('matplotlib', 'sklearn', 'torchsde', 'torchdiffeq', 'diffusers', 'scipy', 'tyro') if m in sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert out.stdout.strip() == ""
