@@ -225,9 +225,11 @@ def _contrast(outcome: Outcome, budgets: Sequence[int]) -> list[str]:
 
 
 def _show(ax: Any, picture: Tensor, theme: Theme) -> None:
-    from matplotlib.colors import LinearSegmentedColormap
+    page, paper, ink = (_rgb(c) for c in (theme.page, "#f3f4f6" if theme is LIGHT else "#20252b", theme.ink))
+    shade = picture[..., None]
+    ax.imshow(torch.where(shade.isnan(), page, paper + (ink - paper) * shade).numpy(), interpolation="nearest")
 
-    paper = "#f3f4f6" if theme is LIGHT else "#20252b"
-    colours = LinearSegmentedColormap.from_list("ink", [paper, theme.ink])
-    colours.set_bad(theme.page)
-    ax.imshow(picture.numpy(), cmap=colours, vmin=0.0, vmax=1.0, interpolation="nearest")
+
+def _rgb(colour: str) -> Tensor:
+    """#rrggbb as three numbers in [0, 1]."""
+    return torch.tensor([int(colour[i : i + 2], 16) / 255.0 for i in (1, 3, 5)])

@@ -71,7 +71,7 @@ def slope(before: Row | None, nfe: int, error: float | None, trusted: float) -> 
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """0.154, 0.0356, 1.2e-4, 2.5e3: short, and never longer than six characters."""
+    """0.154, 0.0356, 1.2e-4, 2.5e3: short, and six characters, seven below 1e-9."""
     if value is None:
         return ""
     if value == 0.0:

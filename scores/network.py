@@ -145,12 +145,12 @@ class Score(Predictor):
         t = torch.tensor([k.t for k in knots], dtype=torch.float64)
         labels, scales = self._labels(t), self._scales(t)
         usable = labels.isfinite().tolist() if labels.is_floating_point() else [True] * len(knots)
-        moved = _label_dtype(labels, x)
+        rows = _label_dtype(labels, x)[:, None].expand(-1, x.shape[0]).unbind(0)
         factors = [None] * len(knots) if scales is None else scales.tolist()
         if self.dtype is torch.float16:
             _check_half_range(knots, factors)
         return [
-            make(moved[i : i + 1].expand(x.shape[0]), factors[i], k.t)
+            make(rows[i], factors[i], k.t)
             if usable[i]
             else _raising(f"label({k.t:g}) = {float(labels[i]):g} is not finite: stop the grid before t={k.t:g}")
             for i, k in enumerate(knots)

@@ -44,6 +44,7 @@ class Langevin:
             else:
                 size = 2.0 * (self.snr * _norm(z) * at.sigma / _norm(eps)) ** 2
                 x = x - (size / at.sigma) * eps + torch.sqrt(2.0 * size) * z
+            x = problem.keep(x)
         return x
 
 

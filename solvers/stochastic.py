@@ -99,5 +99,5 @@ class AnnealedLangevin:
         x = (t.alpha / s.alpha) * x
         for _ in range(self.inner):
             drift = problem.predict(x, t).eps
-            x = x - (0.5 * self.size * t.sigma) * drift + (math.sqrt(self.size) * t.sigma) * noise(t, t)
+            x = problem.keep(x - (0.5 * self.size * t.sigma) * drift + (math.sqrt(self.size) * t.sigma) * noise(t, t))
         return Step(x)
