@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+
+from scores import Gaussian
 from sde import EDM, VE, VP, Cosine, Linear, SubVP, Trigonometric
 from sde.errors import InputError, nearest
 from sde.path import Path
-
-from scores import Gaussian
 from solvers import exact_law, trace
 from solvers.grids import make_grid
 
@@ -69,7 +69,9 @@ def run(config: Exact) -> int:
 
 
 def compute(config: Exact) -> dict[str, Any]:
-    """One row: w2, kl, mean_error (against the data), w2_stop (against the exact marginal at the last time), nfe, points, and what was asked."""
+    """One row: w2, kl, mean_error (against the data), w2_stop (against the exact marginal at the last time), nfe, points,
+    and what was asked.
+    """
     path = make_path(config)
     if (config.points is None) == (config.steps is None):
         raise InputError(f"give exactly one of --points and --steps, got points={config.points} and steps={config.steps}")
@@ -117,7 +119,9 @@ def make_path(config: Exact) -> Path:
 
 
 def read_spectrum(file: File) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(eigenvalues, eigenvectors or None) of a .npy file with eigenvalues (d,) or a covariance (d, d); rounding below zero is clipped."""
+    """(eigenvalues, eigenvectors or None) of a .npy file with eigenvalues (d,) or a covariance (d, d); rounding below zero
+    is clipped.
+    """
     try:
         array = np.load(file, allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -127,7 +131,9 @@ def read_spectrum(file: File) -> tuple[torch.Tensor, torch.Tensor | None]:
     if values.dim() == 2 and values.shape[0] == values.shape[1]:
         values, vectors = torch.linalg.eigh(0.5 * (values + values.T))
     if values.dim() != 1 or len(values) == 0 or not bool(values.isfinite().all()):
-        raise InputError(f"--eigenvalues {file}: shape {tuple(array.shape)}; give finite eigenvalues (d,) or a covariance (d, d)")
+        raise InputError(
+            f"--eigenvalues {file}: shape {tuple(array.shape)}; give finite eigenvalues (d,) or a covariance (d, d)"
+        )
     if float(values.min()) < -1e-6 * float(values.abs().max()):
         raise InputError(f"--eigenvalues {file}: smallest is {float(values.min()):g}; a covariance has none below 0")
     return values.clamp(min=0.0), vectors

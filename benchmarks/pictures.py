@@ -21,7 +21,6 @@ class Picture(NamedTuple):
     light: bytes
     dark: bytes
     alt: str
-    own_file: bool = True
 
 
 class Theme(NamedTuple):

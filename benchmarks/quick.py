@@ -109,11 +109,11 @@ def run(config: Quick) -> int:
     except OSError as error:
         raise InputError(f"--out {config.out}: cannot be written ({error.strerror})") from error
     images = pictures.all_pictures(outcomes, config.nfe)
+    (out / "samples.png").unlink(missing_ok=True)  # an earlier run may have had one where this has none
     for name, image in images.items():
-        if image.own_file:
-            write(out / name, image.light)
+        write(out / name, image.light)
     write(out / "report.html", report.page(outcomes, config, images, time.perf_counter() - began))
-    screen.goodbye(outcomes, time.perf_counter() - began)
+    screen.goodbye(outcomes, [*images, "results.jsonl"], time.perf_counter() - began)
     return 0
 
 

@@ -56,7 +56,7 @@ class Screen:
         for budget in self.config.nfe:
             table.add_column(f"NFE {budget}", justify="right", no_wrap=True, min_width=6)
         table.add_column("slope", justify="right", no_wrap=True)
-        table.add_column("ms a call", justify="right")
+        table.add_column("ms/call", justify="right", no_wrap=True)
         for solver in self.config.solvers:
             rows = outcome.of(solver)
             name = Text(solver)
@@ -95,20 +95,20 @@ class Screen:
         calls = sum(r.nfe or 0 for r in rows)
         return Text(f"{1e3 * spent / calls:.2f}" if calls else "")
 
-    def goodbye(self, outcomes: Sequence[Outcome], seconds: float) -> None:
+    def goodbye(self, outcomes: Sequence[Outcome], beside: Sequence[str], seconds: float) -> None:
         print_ = self.console.print
         print_()
+        budgets = milestones(self.config.nfe)
         for say, words in ((winner, "Least strong error"), (closest, "Closest to true data")):
-            table = Table(
-                box=None, title=Text(words, style="bold"), title_justify="left", show_header=False, padding=(0, 2, 0, 0)
-            )
+            table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+            for head in (Text(words, style="bold not dim"), *(f"NFE {b}" for b in budgets)):
+                table.add_column(head, min_width=18)
             for outcome in outcomes:
-                cells = ((b, say(outcome, b)) for b in milestones(self.config.nfe))
-                table.add_row(f"  {outcome.name}", *(f"NFE {b}: {words}" if words else "" for b, words in cells))
+                table.add_row(f"  {outcome.name}", *(say(outcome, b) for b in budgets))
             print_(table)
         out = self.config.out
         print_(f"\n{seconds:.0f} s. Open {out / 'report.html'}", style="bold", markup=False, soft_wrap=True)
-        print_(f"  beside it samples.png, nfe_vs_error.png, results.jsonl in {out}", style="dim", markup=False, soft_wrap=True)
+        print_(f"  beside it {', '.join(beside)} in {out}", style="dim", markup=False, soft_wrap=True)
         print_("Next:")
         print_("  python -m benchmarks quick --solvers ddim heun unipc_2 --nfe 10 20 40", markup=False, soft_wrap=True)
         print_(

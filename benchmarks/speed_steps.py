@@ -2,12 +2,14 @@
 
     python -m benchmarks speed steps
 
-The network is one multiplication, so the loop is all there is. The hand-written loops take their coefficients as Python floats, as one would write
+The network is one multiplication, so the loop is all there is. The hand-written loops take their coefficients as Python
+floats, as one would write
 them; memory is the peak of live tensors of the state's size, the network's output included and the caller's own start not.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Callable
@@ -46,7 +48,9 @@ def main() -> None:
 
 
 def measure(shape: tuple[int, ...], name: str, seconds: float = 3.0) -> dict[str, float]:
-    """Median seconds a run of the hand-written loop, the plan and ``sample``, and the plan's peak of live state-sized buffers."""
+    """Median seconds a run of the hand-written loop, the plan and ``sample``, and the plan's peak of live state-sized
+    buffers.
+    """
     path = VP()
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.rand(shape[1:], generator=generator), torch.randn(shape, generator=generator)
@@ -57,9 +61,16 @@ def measure(shape: tuple[int, ...], name: str, seconds: float = 3.0) -> dict[str
     with torch.no_grad():
         difference = float((plan.run(score, x) - hand(x)).abs().max() / hand(x).abs().max())
         if difference > 1e-4:
-            raise RuntimeError(f"{name}: the hand-written loop and the plan differ by {difference:.1e}: they are not the same sampler")
+            raise RuntimeError(
+                f"{name}: the hand-written loop and the plan differ by {difference:.1e}: they are not the same sampler"
+            )
         found: dict[str, Any] = medians(
-            {"hand": lambda: hand(x), "plan": lambda: plan.run(score, x), "sample": lambda: sample(score, x=x, solver=name, steps=STEPS)}, seconds
+            {
+                "hand": lambda: hand(x),
+                "plan": lambda: plan.run(score, x),
+                "sample": lambda: sample(score, x=x, solver=name, steps=STEPS),
+            },
+            seconds,
         )
         found["buffers"] = peak_buffers(lambda: plan.run(score, x), x)
     return found
@@ -69,7 +80,7 @@ def ddim(knots: list[Knot], network: Callable[[Tensor, Tensor], Tensor], batch: 
     """x <- a x + b eps."""
     steps = [
         (t.alpha / s.alpha, t.sigma - t.alpha * s.sigma / s.alpha, torch.full((batch,), s.t))
-        for s, t in zip(knots, knots[1:], strict=False)
+        for s, t in itertools.pairwise(knots)
     ]
 
     def loop(x: Tensor) -> Tensor:
@@ -83,11 +94,13 @@ def ddim(knots: list[Knot], network: Callable[[Tensor, Tensor], Tensor], batch: 
 def dpmpp_2m(knots: list[Knot], network: Callable[[Tensor, Tensor], Tensor], batch: int) -> Callable[[Tensor], Tensor]:
     """x0 = p x + q eps;  x <- a x + b (c0 x0 + c1 x0_old)."""
     steps = []
-    for i, (s, t) in enumerate(zip(knots, knots[1:], strict=False)):
+    for i, (s, t) in enumerate(itertools.pairwise(knots)):
         h = t.lam - s.lam
         r = (s.lam - knots[i - 1].lam) / h if i else math.inf
         t_s = torch.full((batch,), s.t)
-        steps.append((t.sigma / s.sigma, -t.alpha * math.expm1(-h), 1.0 + 0.5 / r, -0.5 / r, 1.0 / s.alpha, -s.sigma / s.alpha, t_s))
+        steps.append(
+            (t.sigma / s.sigma, -t.alpha * math.expm1(-h), 1.0 + 0.5 / r, -0.5 / r, 1.0 / s.alpha, -s.sigma / s.alpha, t_s)
+        )
 
     def loop(x: Tensor) -> Tensor:
         old = None

@@ -35,8 +35,8 @@ class Knot(NamedTuple):
     dalpha: float
     dsigma: float
     g2: float  # g(t)^2 = 2 sigma (sigma' - f sigma) of dx = f x dt + g dw
-    index: int = -1
-    count: int = -1
+    index: int = -1  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: int = -1  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 @dataclass

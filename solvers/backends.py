@@ -1,11 +1,13 @@
 """torchdiffeq and torchsde behind the same call as every other solver.
 
-Both choose their own times between the grid's first and last one, so they have no table. torchdiffeq's step size is shared by the batch (its error
+Both choose their own times between the grid's first and last one, so they have no table. torchdiffeq's step size is shared
+by the batch (its error
 norm is an average), hence a sample depends on its batch mates by rounding of the step control unless ``per_sample=True``.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -36,8 +38,8 @@ class Outcome(NamedTuple):
 class TorchDiffEq:
     """An adaptive Runge-Kutta pair of torchdiffeq on dx/dt = alpha' x0 + sigma' eps, between the ends of the grid.
 
-    The last step lands on the last time (torchdiffeq alone steps past it and calls the network there). ``max_nfe`` bounds the work; what is reached
-    then is the ``partial`` of a StepLimitError. ``per_sample`` integrates the samples one by one.
+    The last step lands on the last time (torchdiffeq alone steps past it and calls the network there). ``max_nfe`` bounds
+    the work; what is reached then is the ``partial`` of a StepLimitError. ``per_sample`` integrates the samples one by one.
     """
 
     method: str
@@ -57,7 +59,12 @@ class TorchDiffEq:
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and 0.0 < value < math.inf):
                 raise InputError(f"{name}={value!r}: must be a number > 0")
-        if self.method not in ("dopri5", "dopri8", "bosh3", "adaptive_heun"):  # fehlberg2's error runs to 200 times its tolerance here
+        if self.method not in (
+            "dopri5",
+            "dopri8",
+            "bosh3",
+            "adaptive_heun",
+        ):  # fehlberg2's error runs to 200 times its tolerance here
             raise InputError(f"method={self.method!r}: use dopri5, dopri8, bosh3 or adaptive_heun")
         if isinstance(self.max_nfe, bool) or not isinstance(self.max_nfe, int) or self.max_nfe < 1:
             raise InputError(f"max_nfe={self.max_nfe!r}: must be an int >= 1")
@@ -66,7 +73,10 @@ class TorchDiffEq:
         x = x.contiguous()  # its norm of the error rounds with the layout
         for k in (grid[0], grid[-1]):
             if not math.isfinite(k.dsigma + k.dalpha):
-                raise InputError(f"the slope of x in t is infinite at t = {k.t:g} (sigma' = {k.dsigma:g}): give start or stop off it, such as t_min")
+                raise InputError(
+                    f"the slope of x in t is infinite at t = {k.t:g} (sigma' = {k.dsigma:g}): give start or stop off it, "
+                    "such as t_min"
+                )
         if self.per_sample:
             parts = [self._solve(evaluator, x[i : i + 1], grid, i) for i in range(len(x))]
             accepted, rejected = (sum(getattr(p, kind) for p in parts) for kind in ("accepted", "rejected"))
@@ -89,7 +99,9 @@ class TorchDiffEq:
             raise
         except (AssertionError, _NotFinite) as error:  # torchdiffeq's "underflow in dt": a slope is not finite or too steep
             if non_finite(flow.slope):
-                return Outcome(torch.full_like(x, math.nan), flow.accepted, flow.rejected)  # a replay finds the network's output
+                return Outcome(
+                    torch.full_like(x, math.nan), flow.accepted, flow.rejected
+                )  # a replay finds the network's output
             raise StepLimitError(
                 f"{self.method}: the step size vanished at t = {flow.last:g} ({error}): the field is too steep there; "
                 f"raise the tolerances (rtol={self.rtol:g}) or stop earlier",
@@ -97,7 +109,7 @@ class TorchDiffEq:
                 rejected=flow.rejected,
                 partial=flow.state,
             ) from error
-        return Outcome(y[-1], flow.accepted, flow.rejected)  # pyright: ignore[reportIndexIssue]
+        return Outcome(torch.as_tensor(y[-1]), flow.accepted, flow.rejected)
 
 
 class _Flow:
@@ -144,19 +156,24 @@ def _only_step(after: After, grid: list[Knot], x: Tensor, method: str) -> None:
     if after is None:
         return
     if len(grid) > 2:
-        raise InputError(f"callback, trajectory and progress follow the grid, but {method} chooses its own steps: give two times, or integrate in parts")
+        raise InputError(
+            f"callback, trajectory and progress follow the grid, but {method} chooses its own steps: give two times, or "
+            "integrate in parts"
+        )
     after(0, x)
 
 
 @dataclass(frozen=True)
 class TorchSDE:
-    """A method of torchsde on the reverse SDE: "euler" and "milstein" (equal here, orders 1) or "srk" (Roessler's SRA for additive noise).
+    """A method of torchsde on the reverse SDE: "euler" and "milstein" (equal here, orders 1) or "srk" (Roessler's SRA for
+    additive noise).
 
     srk has weak order 2 and strong order 1.5; where the score is affine (Gaussian data) its strong order is 2.
 
-    Fixed steps are those of the grid. Their normals come from ``sde.noise``, so sample i depends on (seed, i) alone. With ``adaptive`` torchsde controls
-    the step by ``rtol`` and ``atol`` between the grid's ends, and draws from its own BrownianInterval, shared by the batch. "srk" wants
-    the diffusion as (B, d, d), which bounds the state's size.
+    Fixed steps are those of the grid. Their normals come from ``sde.noise``, so sample i depends on (seed, i) alone. With
+    ``adaptive`` torchsde controls
+    the step by ``rtol`` and ``atol`` between the grid's ends, and draws from its own BrownianInterval, shared by the batch.
+    "srk" wants the diffusion as (B, d, d), which bounds the state's size.
     """
 
     method: str
@@ -192,9 +209,12 @@ class TorchSDE:
 
         d = x[0].numel() if len(x) else 0
         if self.method == "srk" and len(x) * d * d > 2**27:
-            raise InputError(f"torchsde's srk needs a diffusion of shape ({len(x)}, {d}, {d}): too large; use torchsde_euler or 'dpmpp_2m_sde'")
+            raise InputError(
+                f"torchsde's srk needs a diffusion of shape ({len(x)}, {d}, {d}): too large; use torchsde_euler or "
+                "'dpmpp_2m_sde'"
+            )
         y = x.reshape(len(x), d).contiguous()
-        steps = [(grid[0], grid[-1])] if self.adaptive else list(zip(grid, grid[1:], strict=False))
+        steps = [(grid[0], grid[-1])] if self.adaptive else list(itertools.pairwise(grid))
         bm: Any = _Increments(draw, y)
         for i, (s, t) in enumerate(steps):
             span = abs(t.t - s.t)
@@ -210,9 +230,12 @@ class TorchSDE:
             field = _Reverse(evaluator, s, t, x.shape, self)
             clock = torch.tensor([0.0, span], dtype=torch.float64, device=x.device)
             dt = span / (len(grid) - 1) if self.adaptive else span
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torchsde advises on its own defaults
-                y = torchsde.sdeint(field, y, clock, bm=bm, method=self.method, dt=dt, adaptive=self.adaptive, rtol=self.rtol, atol=self.atol)[-1]
+            # torchsde advises on its own defaults, and its matrix products would round under autocast, which is for the network
+            with warnings.catch_warnings(), torch.autocast(x.device.type, enabled=False):
+                warnings.simplefilter("ignore")
+                y = torchsde.sdeint(
+                    field, y, clock, bm=bm, method=self.method, dt=dt, adaptive=self.adaptive, rtol=self.rtol, atol=self.atol
+                )[-1]
             if after is not None and not self.adaptive:
                 after(i, y.reshape(x.shape))
         out = y.reshape(x.shape)
@@ -231,7 +254,10 @@ class _Reverse:
         self.start, self.stop, self.span = s, t, abs(t.t - s.t)
         self.direction = 1.0 if t.t > s.t else -1.0
         self.noise_type = "additive" if solver.method == "srk" else "diagonal"
-        self._seen: tuple[float, Tensor, int] | None = None
+        device = evaluator.x.device.type
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        self.cast = lambda: torch.autocast(device, dtype=dtype, enabled=enabled)  # the caller's, for the network
+        self._seen: tuple[float, Tensor, int | None] | None = None
         self._value: Tensor | None = None
 
     def _knot(self, tau: Any) -> Knot:
@@ -248,10 +274,16 @@ class _Reverse:
         k = self._knot(tau)
         if self.evaluator.tally.nfe >= self.solver.max_nfe:
             state = y.detach().reshape(self.shape).clone()
-            raise StepLimitError(f"max_nfe={self.solver.max_nfe} network calls used at t = {k.t:g}: raise max_nfe or the tolerances", t=k.t, partial=state)
+            raise StepLimitError(
+                f"max_nfe={self.solver.max_nfe} network calls used at t = {k.t:g}: raise max_nfe or the tolerances",
+                t=k.t,
+                partial=state,
+            )
         eta = self.evaluator.eta(k)
         extra = 0.0 if eta == 0.0 else 0.5 * eta * eta * k.g2 / k.sigma
-        drift = self.evaluator.predict(y.reshape(self.shape), k).combine(k.dalpha, k.dsigma + extra)
+        with self.cast():
+            prediction = self.evaluator.predict(y.reshape(self.shape), k)
+        drift = prediction.combine(k.dalpha, k.dsigma + extra)
         value = (self.direction * drift).reshape(y.shape)
         self._seen, self._value = (float(tau), y, version), value
         return value
@@ -265,7 +297,9 @@ class _Reverse:
 
 
 class _Increments:
-    """The Brownian increment of one step for torchsde, drawn from ``sde.noise``; with the space-time area U where it is asked for."""
+    """The Brownian increment of one step for torchsde, drawn from ``sde.noise``; with the space-time area U where it is
+    asked for.
+    """
 
     def __init__(self, draw: Draw, y: Tensor) -> None:
         self.draw, self.count = draw, 0

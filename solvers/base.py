@@ -1,6 +1,7 @@
 """The only loop. A solver is a frozen dataclass with one pure ``step``; ``march`` applies it along a grid.
 
-``march`` never looks inside the state: with tensors it integrates, with the symbolic forms of ``plan.py`` it traces the solver to
+``march`` never looks inside the state: with tensors it integrates, with the symbolic forms of ``plan.py`` it traces the
+solver to
 its table of numbers. Scalars are Python floats made on the host; tensors only meet ``scalar * tensor + scalar * tensor``.
 """
 
@@ -31,11 +32,13 @@ class Step(NamedTuple):
 class Solver(Protocol):
     """A rule for one step s -> t. Frozen and pure: arguments in, ``Step`` out, nothing kept on ``self``.
 
-    ``order`` is the order of the end point's error for eta = 0, ``weak`` that of its law and ``strong`` that of its path for eta > 0
+    ``order`` is the order of the end point's error for eta = 0, ``weak`` that of its law and ``strong`` that of its path for
+    eta > 0
     (None where it does not apply). Declared numbers count the starting and the last step; the tests measure every one of them.
-    ``stages`` is the number of network calls of a full step; ``stochastic`` says that it may draw normals, ``takes_eta`` that it solves the
-    reverse SDE of any noise level eta >= 0 (else only the probability flow, eta = 0), ``linear`` that a step is a linear combination with
-    coefficients known beforehand, so that it can be traced.
+    ``stages`` is the number of network calls of a full step; ``stochastic`` says that it may draw normals, ``takes_eta``
+    that it solves the
+    reverse SDE of any noise level eta >= 0 (else only the probability flow, eta = 0), ``linear`` that a step is a linear
+    combination with coefficients known beforehand, so that it can be traced.
     """
 
     @property
@@ -56,27 +59,55 @@ class Solver(Protocol):
     def step(self, problem: Problem, x: Form, s: Knot, t: Knot, carry: Any, noise: Noise) -> Step: ...
 
 
+class BackEnd(Protocol):
+    """A solver that chooses its own times between the grid's ends: another library's integrator. Not linear, no step of its own."""
+
+    @property
+    def order(self) -> float | None: ...
+    @property
+    def weak(self) -> float | None: ...
+    @property
+    def strong(self) -> float | None: ...
+    @property
+    def stages(self) -> int: ...
+    @property
+    def stochastic(self) -> bool: ...
+    @property
+    def takes_eta(self) -> bool: ...
+    @property
+    def linear(self) -> bool: ...
+    @property
+    def adaptive(self) -> bool: ...
+
+    def solve(self, evaluator: Any, x: Tensor, grid: list[Knot], draw: Any, /) -> tuple[Tensor, int | None, int | None]:
+        """(the last state, accepted steps, rejected steps)."""
+        ...
+
+
 class Problem(Protocol):
     """The reverse SDE (or, with eta = 0, the probability flow) as a step sees it."""
 
-    path: Path
+    @property
+    def path(self) -> Path: ...
 
-    def predict(self, x: Form, knot: Knot) -> Prediction:
+    def predict(self, x: Form, knot: Knot, /) -> Prediction:
         """One network evaluation: the pair (x0, eps) at (x, knot)."""
         ...
 
-    def eta(self, knot: Knot) -> float:
+    def eta(self, knot: Knot, /) -> float:
         """The noise level: diffusion / g at this knot."""
         ...
 
-    def keep(self, x: Form) -> Form:
-        """x itself, said of an intermediate state that later steps build on: a tracer gives it a register, so that forms stay short."""
+    def keep(self, x: Form, /) -> Form:
+        """x itself, said of an intermediate state that later steps build on: a tracer gives it a register, so that forms
+        stay short.
+        """
         ...
 
 
 Noise = Callable[[Knot, Knot], Form]
-"""noise(s, t): unit normals of the step from s to t, that is (W_t - W_s) / sqrt|t - s| in the clock of ``sde.noise``; with s is t, normals
-that belong to no Brownian path (a corrector's)."""
+"""noise(s, t): unit normals of the step from s to t, that is (W_t - W_s) / sqrt|t - s| in the clock of ``sde.noise``; with s
+is t, normals that belong to no Brownian path (a corrector's)."""
 
 
 def march(
@@ -87,7 +118,9 @@ def march(
     noise: Noise,
     after: Callable[[int, Form], Form] | None = None,
 ) -> Form:
-    """Apply ``solver`` along ``knots``. ``after(i, x)`` may replace the state after step i (the tracer names it, a recorder copies it)."""
+    """Apply ``solver`` along ``knots``. ``after(i, x)`` may replace the state after step i (the tracer names it, a recorder
+    copies it).
+    """
     carry = None
     for i in range(len(knots) - 1):
         x, carry = solver.step(problem, x, knots[i], knots[i + 1], carry, noise)
@@ -99,8 +132,8 @@ def march(
 def affine(row: Row, knot: Knot, c: float, d: float, what: str = "") -> tuple[float, float]:
     """(u, v) with c x0 + d eps = u x + v y, where y = a x0 + b eps is the network's output.
 
-    Raises PathError where the output does not determine the combination: an eps network at alpha = 0 knows nothing of x0, an x0 network at
-    sigma = 0 nothing of eps.
+    Raises PathError where the output does not determine the combination: an eps network at alpha = 0 knows nothing of x0, an
+    x0 network at sigma = 0 nothing of eps.
     """
     a, b = row
     det = knot.alpha * b - knot.sigma * a
@@ -147,7 +180,9 @@ class Affine(Prediction):
 
 @dataclass
 class Evaluator:
-    """One run's view of a score: functions prepared for all knots at once, calls counted at the network, errors told where they happened."""
+    """One run's view of a score: functions prepared for all knots at once, calls counted at the network, errors told where
+    they happened.
+    """
 
     score: Predictor
     x: Tensor
@@ -185,9 +220,10 @@ class Evaluator:
 class Solution:
     """What every solver returns.
 
-    ``x`` is the state at ``times[-1]``; ``nfe`` counts calls of the network on the batch and ``net_evals`` batches through it, both counted
-    where the network is called; ``times`` are the grid's; ``seconds`` is wall time. ``trajectory`` (steps + 1, B, ...) where asked for;
-    ``accepted`` and ``rejected`` count the steps of adaptive solvers.
+    ``x`` is the state at ``times[-1]``; ``nfe`` counts calls of the network on the batch and ``net_evals`` batches through
+    it, both counted
+    where the network is called; ``times`` are the grid's; ``seconds`` is wall time. ``trajectory`` (steps + 1, B, ...) where
+    asked for; ``accepted`` and ``rejected`` count the steps of adaptive solvers.
     """
 
     x: Tensor
@@ -239,7 +275,8 @@ class FiniteCheck:
             kind = "NaN" if bool(y.isnan().any()) else "inf"
             raise NetworkError(
                 f"{self.solver}: non-finite network output ({kind}) at step {self.step + 1}/{self.steps}, t={knot.t:.6g} "
-                f"(sigma {knot.sigma:.4g}), call {self.calls}: {describe(bad, len(y))}; its input was finite: check the network there",
+                f"(sigma {knot.sigma:.4g}), call {self.calls}: {describe(bad, len(y))}; its input was finite: check the "
+                "network there",
                 step=self.step,
                 t=knot.t,
                 samples=bad,

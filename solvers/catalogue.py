@@ -1,6 +1,7 @@
 """SOLVERS: the one table that the tests, the documentation and the command line read.
 
-A new sampler is one row here (and, where no existing class says it, one small dataclass). Its declared orders are measured for every row.
+A new sampler is one row here (and, where no existing class says it, one small dataclass). Its declared orders are measured
+for every row.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 from sde.errors import InputError, nearest
 
 from .backends import TorchDiffEq, TorchSDE
-from .base import Solver
+from .base import BackEnd, Solver
 from .compose import Churn, Langevin, PredictorCorrector
 from .exponential import FrozenScore, Multistep, UniPC
 from .runge_kutta import EULER, HEUN, MIDPOINT, RK4, RungeKutta
@@ -22,7 +23,7 @@ from .stochastic import AnnealedLangevin, DiscreteDDPM, EulerMaruyama
 class Entry:
     """A named sampler: the solver, the noise level eta it runs at unless told otherwise, and where it comes from."""
 
-    solver: Solver
+    solver: Solver | BackEnd
     summary: str
     reference: str
     eta: float = 0.0
@@ -57,14 +58,19 @@ SOLVERS: dict[str, Entry] = {
     # stochastic
     "euler_maruyama": Entry(EulerMaruyama(), "Euler-Maruyama of the reverse SDE", "Maruyama 1955; " + _SONG, eta=1.0),
     "exponential_integrator": Entry(FrozenScore(), "linear part exact, score frozen", "Zhang & Chen 2023", eta=1.0),
-    "ddpm": Entry(Multistep(1, "x0"), "exact posterior of x_t given x_s and x0: ancestral sampling", "Ho et al. 2020 (DDPM)", eta=1.0),
+    "ddpm": Entry(
+        Multistep(1, "x0"), "exact posterior of x_t given x_s and x0: ancestral sampling", "Ho et al. 2020 (DDPM)", eta=1.0
+    ),
     "ddpm_discrete": Entry(DiscreteDDPM(), "DDPM with beta_k = beta(t_k) h; eta = 1 only", "Pierret & Galerne 2025", eta=1.0),
     "dpmpp_2m_sde": Entry(Multistep(2, "x0", rule="midpoint"), "two-step in x0 with noise, published weights", _LU, eta=1.0),
     "edm_sde": Entry(Churn(RungeKutta(HEUN, "rho")), "EDM's stochastic Heun with churn 40", _KARRAS),
     "pc_euler_maruyama": Entry(PredictorCorrector(EulerMaruyama()), "Euler-Maruyama with Langevin corrector", _SONG, eta=1.0),
     "pc_ddpm": Entry(PredictorCorrector(Multistep(1, "x0")), "ancestral with Langevin corrector", _SONG, eta=1.0),
     "pc_ddpm_sigma": Entry(
-        PredictorCorrector(Multistep(1, "x0"), Langevin(rule="sigma")), "the same with the corrector's step from sigma_t", _SONG, eta=1.0
+        PredictorCorrector(Multistep(1, "x0"), Langevin(rule="sigma")),
+        "the same with the corrector's step from sigma_t",
+        _SONG,
+        eta=1.0,
     ),
     "annealed_langevin": Entry(AnnealedLangevin(), "Langevin dynamics at each noise level", "Song & Ermon 2019 (NCSN)"),
     # adaptive and library back ends
@@ -73,13 +79,15 @@ SOLVERS: dict[str, Entry] = {
     "bosh3": Entry(TorchDiffEq("bosh3"), "adaptive order 3", _CHEN),
     "adaptive_heun": Entry(TorchDiffEq("adaptive_heun"), "adaptive order 2", _CHEN),
     "torchsde_euler": Entry(TorchSDE("euler"), "Euler-Maruyama by torchsde", _LI, eta=1.0),
-    "torchsde_milstein": Entry(TorchSDE("milstein"), "Milstein by torchsde; the same here, the noise being additive", _LI, eta=1.0),
+    "torchsde_milstein": Entry(
+        TorchSDE("milstein"), "Milstein by torchsde; the same here, the noise being additive", _LI, eta=1.0
+    ),
     "torchsde_srk": Entry(TorchSDE("srk"), "stochastic Runge-Kutta SRA by torchsde", "Roessler 2010; " + _LI, eta=1.0),
     "torchsde_adaptive": Entry(TorchSDE("srk", adaptive=True), "the same with step control", _LI, eta=1.0),
 }
 
 
-def resolve(solver: Any, eta: Any = None) -> tuple[str, Solver, Any]:
+def resolve(solver: Any, eta: Any = None) -> tuple[str, Any, Any]:
     """(name, solver, eta) of a name of SOLVERS or a solver object; eta None is the entry's own (0 for an object)."""
     if isinstance(solver, str):
         if solver not in SOLVERS:

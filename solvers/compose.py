@@ -17,9 +17,11 @@ from .base import Form, Noise, Problem, Solver, Step
 
 @dataclass(frozen=True)
 class Langevin:
-    """``inner`` Langevin steps at one time: x <- x + e score(x) + sqrt(2 e) z. One network call each. Leaves p_t invariant to O(e).
+    """``inner`` Langevin steps at one time: x <- x + e score(x) + sqrt(2 e) z. One network call each. Leaves p_t invariant
+    to O(e).
 
-    rule "snr"  : e = 2 (snr |z| / |score(x)|)^2 with the norms of each sample (Song et al. 2021, algorithms 4 and 5; released code takes the mean
+    rule "snr"  : e = 2 (snr |z| / |score(x)|)^2 with the norms of each sample (Song et al. 2021, algorithms 4 and 5;
+    released code takes the mean
                   over the batch, so that a sample depends on its batch mates). Not linear in x.
     rule "sigma": e = 2 (snr sigma_t)^2, what the former tends to in high dimension. Linear.
     """
@@ -56,9 +58,11 @@ def _norm(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PredictorCorrector:
-    """Song et al. (2021), algorithm 1: at each time first the corrector, then the predictor's step to the next. stages of both a step.
+    """Song et al. (2021), algorithm 1: at each time first the corrector, then the predictor's step to the next. stages of
+    both a step.
 
-    Weak order that of the predictor, but at most 1, down to a floor: Langevin steps at fixed snr leave the variance too large by about snr^2 sigma_t^2.
+    Weak order that of the predictor, but at most 1, down to a floor: Langevin steps at fixed snr leave the variance too
+    large by about snr^2 sigma_t^2.
     """
 
     predictor: Solver
@@ -90,11 +94,13 @@ class PredictorCorrector:
 
 @dataclass(frozen=True)
 class Churn:
-    """EDM's stochastic sampler (Karras et al. 2022, algorithm 2) around any single-step solver, on any path (rho = sigma/alpha).
+    """EDM's stochastic sampler (Karras et al. 2022, algorithm 2) around any single-step solver, on any path (rho =
+    sigma/alpha).
 
-    Where s_min <= rho_s <= s_max, noise is added up to rho_hat = rho_s (1 + gamma), gamma = min(s_churn / N, sqrt 2 - 1), then the inner solver steps from
-    there. rho_hat is capped at the path's end, beyond which no network was trained. With s_noise = 1 the added noise is exact, so the law keeps the
-    inner solver's order; s_noise != 1 is a tuned bias.
+    Where s_min <= rho_s <= s_max, noise is added up to rho_hat = rho_s (1 + gamma), gamma = min(s_churn / N, sqrt 2 - 1),
+    then the inner solver steps from
+    there. rho_hat is capped at the path's end, beyond which no network was trained. With s_noise = 1 the added noise is
+    exact, so the law keeps the inner solver's order; s_noise != 1 is a tuned bias.
     """
 
     inner: Solver

@@ -1,11 +1,12 @@
 """The exact law of a plan's output on Gaussian data: no Monte Carlo, no network.
 
-On N(mu, Sigma) with eigenvalues l the optimal prediction is affine in the state, direction by direction (S = alpha^2 l + sigma^2):
+On N(mu, Sigma) with eigenvalues l the optimal prediction is affine in the state, direction by direction (S = alpha^2 l +
+sigma^2):
 
     x0 = mu + alpha l / S (x - alpha mu),        eps = sigma / S (x - alpha mu)
 
-so every register of a plan is  const + gain * x_start + (a combination of the normals drawn so far).  ``exact_law`` pushes these three through
-the table; the joint covariance of the noise parts is kept for the registers that are still alive.
+so every register of a plan is  const + gain * x_start + (a combination of the normals drawn so far).  ``exact_law`` pushes
+these three through the table; the joint covariance of the noise parts is kept for the registers that are still alive.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
 
 
 class GaussianData(Protocol):
-    """Gaussian data as ``scores.Gaussian`` describes it: mean, the covariance's d eigenvalues, and its eigenvectors as columns, (d, r).
+    """Gaussian data as ``scores.Gaussian`` describes it: mean, the covariance's d eigenvalues, and its eigenvectors as
+    columns, (d, r).
 
     None: the coordinates. With r < d the other directions share one eigenvalue.
     """
@@ -48,7 +50,9 @@ class GaussianData(Protocol):
 
 @dataclass(frozen=True)
 class Law:
-    """The Gaussian law of a plan's output. ``mean`` and ``variance`` are along the eigenvectors of the data's covariance, shape (d,), float64."""
+    """The Gaussian law of a plan's output. ``mean`` and ``variance`` are along the eigenvectors of the data's covariance,
+    shape (d,), float64.
+    """
 
     mean: Tensor
     variance: Tensor
@@ -88,7 +92,8 @@ class Law:
 def exact_law(plan: Plan, gaussian: GaussianData, start: str | tuple[Any, Any] = "marginal") -> Law:
     """The exact mean and covariance of ``plan``'s output when the data are ``gaussian`` and its score is exact.
 
-    start : "marginal" (the exact law at times[0]), "prior" (N(0, prior_std^2), what sampling starts from), or (mean, variance) along the
+    start : "marginal" (the exact law at times[0]), "prior" (N(0, prior_std^2), what sampling starts from), or (mean,
+    variance) along the
             eigenvectors.
     """
     registers = _propagate(plan, gaussian)
@@ -104,7 +109,9 @@ def exact_law(plan: Plan, gaussian: GaussianData, start: str | tuple[Any, Any] =
 
 
 def flow_error(plan: Plan, gaussian: GaussianData) -> float:
-    """Root mean square distance, per dimension, of a deterministic plan's output to the exact flow of the same start, drawn from p_T."""
+    """Root mean square distance, per dimension, of a deterministic plan's output to the exact flow of the same start, drawn
+    from p_T.
+    """
     if plan.draws:
         raise InputError(f"{plan.solver} draws noise: use strong_error, or exact_law for its law")
     const, gain, _ = _propagate(plan, gaussian).final
@@ -117,9 +124,11 @@ def flow_error(plan: Plan, gaussian: GaussianData) -> float:
 
 
 def strong_error(plan: Plan, gaussian: GaussianData) -> float:
-    """Root mean square distance, per dimension, to the exact solution of the reverse SDE driven by the same Brownian path, start from p_T.
+    """Root mean square distance, per dimension, to the exact solution of the reverse SDE driven by the same Brownian path,
+    start from p_T.
 
-    The path is the one of ``sde.noise``: a normal of the step s -> t is its increment in the clock c(lambda), divided by sqrt(c_t - c_s).
+    The path is the one of ``sde.noise``: a normal of the step s -> t is its increment in the clock c(lambda), divided by
+    sqrt(c_t - c_s).
     """
     registers = _propagate(plan, gaussian, reference=True)
     mean, eigenvalues = _eigenbasis(gaussian)
@@ -178,7 +187,9 @@ class _Registers:
         self.result = 0
 
     def affine(self, out: int, terms: list[tuple[int, Any]], const: Any = 0.0, own: Any = 0.0) -> None:
-        """out = sum coefficient * register + const + independent noise of variance ``own``; coefficients are scalars or (d,)."""
+        """out = sum coefficient * register + const + independent noise of variance ``own``; coefficients are scalars or
+        (d,).
+        """
         self.const[out] = sum((c * self.const[r] for r, c in terms), self.zero) + const
         self.gain[out] = sum((c * self.gain[r] for r, c in terms), self.zero)
         row: dict[int, Array] = {}
@@ -278,7 +289,8 @@ def _advance(
 ) -> None:
     """The exact solution over step j, with eta constant over the step.
 
-    Y = x - alpha mu obeys dY = (f + (1 + eta^2) g^2 / (2 S)) Y dt + eta g dW, so Phi(t, u) = (alpha_t/alpha_u)^(-eta^2) (S_t/S_u)^((1+eta^2)/2), and its
+    Y = x - alpha mu obeys dY = (f + (1 + eta^2) g^2 / (2 S)) Y dt + eta g dW, so Phi(t, u) = (alpha_t/alpha_u)^(-eta^2)
+    (S_t/S_u)^((1+eta^2)/2), and its
     noise over the step has variance S_t - Phi^2 S_s. A normal z of the interval (a, b) carries the part kappa z of it,
     kappa = int Phi(t, u) eta sqrt(2) sigma_u sqrt(c'(lambda) / (c_b - c_a)) d lambda.
     """

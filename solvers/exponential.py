@@ -2,12 +2,13 @@
 
 With h = lambda_t - lambda_s, eta the noise level and r = 1 + eta^2, the reverse SDE is solved exactly by
 
-    in x0 :  x_t = (sigma_t/sigma_s) e^{-eta^2 h} x_s + alpha_t int_0^h r e^{-r(h-u)} x0(u) du + sigma_t sqrt(1 - e^{-2 eta^2 h}) z
-    in eps:  x_t = (alpha_t/alpha_s) x_s - sigma_t r int_0^h e^{h-u} eps(u) du + sigma_t eta sqrt(e^{2h} - 1) z
+    in x0 :  x_t = (sigma_t/sigma_s) e^{-eta^2 h} x_s + alpha_t int_0^h r e^{-r(h-u)} x0(u) du + sigma_t sqrt(1 - e^{-2 eta^2
+    h}) z in eps:  x_t = (alpha_t/alpha_s) x_s - sigma_t r int_0^h e^{h-u} eps(u) du + sigma_t eta sqrt(e^{2h} - 1) z
 
-A method replaces x0(u) or eps(u) by a polynomial through the predictions at past knots; its weights are integrals of that polynomial.
-Limits are written out: sigma_t = 0 gives alpha_t x0, alpha_s = 0 leaves sigma_t/sigma_s x + alpha_t x0 (h is infinite; the polynomial is then
-a constant). eta is constant over a step, taken at its start.
+A method replaces x0(u) or eps(u) by a polynomial through the predictions at past knots; its weights are integrals of that
+polynomial.
+Limits are written out: sigma_t = 0 gives alpha_t x0, alpha_s = 0 leaves sigma_t/sigma_s x + alpha_t x0 (h is infinite; the
+polynomial is then a constant). eta is constant over a step, taken at its start.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def exponential_step(s: Knot, t: Knot, eta: float, target: str, x: Form, parts: 
     """
     if target == "x0":
         if s.sigma == 0.0:
-            raise PathError(f"sigma({s.t:g}) = 0: a method in x0 cannot start there; start at a time with sigma > 0, or use target 'eps'")
+            raise PathError(
+                f"sigma({s.t:g}) = 0: a method in x0 cannot start there; start at a time with sigma > 0, or use target 'eps'"
+            )
         decay = 1.0 if eta == 0.0 else math.exp(-eta * eta * (t.lam - s.lam))
         out = (t.sigma / s.sigma * decay) * x
         for w, value in parts:
@@ -101,8 +104,8 @@ class Multistep:
 
     target : "x0" or "eps", what is interpolated
     basis  : the variable of the polynomial, "lam", "t" or "rho"
-    rule   : "exact" weights, or "midpoint", DPM-Solver++(2M)'s published weights (Lu et al. 2022): half the constant's weight times the slope
-    lower_final : lower the order towards the last step, as released code does for few steps
+    rule   : "exact" weights, or "midpoint", DPM-Solver++(2M)'s published weights (Lu et al. 2022): half the constant's
+    weight times the slope lower_final : lower the order towards the last step, as released code does for few steps
 
     Order min(steps, 2): the first step is of order one (its error, once, is second order); exact on constant predictions.
     """
@@ -119,8 +122,15 @@ class Multistep:
     strong = 1.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.target not in ("x0", "eps") or self.basis not in BASES or self.rule not in ("exact", "midpoint"):
-            raise InputError(f"{self}: steps >= 1, target 'x0' or 'eps', basis one of {sorted(BASES)}, rule 'exact' or 'midpoint'")
+        if (
+            self.steps < 1
+            or self.target not in ("x0", "eps")
+            or self.basis not in BASES
+            or self.rule not in ("exact", "midpoint")
+        ):
+            raise InputError(
+                f"{self}: steps >= 1, target 'x0' or 'eps', basis one of {sorted(BASES)}, rule 'exact' or 'midpoint'"
+            )
         if self.rule == "midpoint" and (self.steps, self.basis) != (2, "lam"):
             raise InputError(f"{self}: the midpoint rule is the published two-step method in lambda")
 
@@ -157,11 +167,11 @@ class Multistep:
 class UniPC:
     """Unified predictor-corrector (Zhao et al. 2023), B(h) = h (bh1) or e^h - 1 (bh2). One network call a step.
 
-    Each step corrects the state it starts from with the prediction made there, then predicts the next; the last state is not corrected, as in
-    the released code. ``lower_final`` lowers the order towards the last step (the released default).
+    Each step corrects the state it starts from with the prediction made there, then predicts the next; the last state is not
+    corrected, as in the released code. ``lower_final`` lowers the order towards the last step (the released default).
 
-    Order: inside, steps + 1. The corrected first step has a local error of order 3, so the whole has order min(steps + 1, 3); with ``lower_final`` the
-    last step is an uncorrected first-order one and the whole has order 2, whatever ``steps``.
+    Order: inside, steps + 1. The corrected first step has a local error of order 3, so the whole has order min(steps + 1,
+    3); with ``lower_final`` the last step is an uncorrected first-order one and the whole has order 2, whatever ``steps``.
     """
 
     steps: int
@@ -217,7 +227,9 @@ class UniPC:
         return base
 
     def _weights(self, hh: float, ratios: list[float]) -> list[float]:
-        """The solution of sum_m rho_m ratio_m^(i-1) = i! phi_{i+1}(hh) hh / B(h), i = 1 .. len(ratios); 1/2 for a single equation."""
+        """The solution of sum_m rho_m ratio_m^(i-1) = i! phi_{i+1}(hh) hh / B(h), i = 1 .. len(ratios); 1/2 for a single
+        equation.
+        """
         n = len(ratios)
         if n == 0:
             return []
@@ -245,12 +257,14 @@ def _no_noise(s: Knot, t: Knot) -> Form:
 
 @dataclass(frozen=True)
 class FrozenScore:
-    """Exponential integrator with the score frozen over the step (Zhang & Chen 2023; Pierret & Galerne 2025 call it EI). Order one.
+    """Exponential integrator with the score frozen over the step (Zhang & Chen 2023; Pierret & Galerne 2025 call it EI).
+    Order one.
 
         x_t = (alpha_t/alpha_s) x_s + (1 + eta^2)/2 int_t^s (alpha_t/alpha_u) g_u^2 du score(x_s)
               + eta sqrt(int_t^s (alpha_t/alpha_u)^2 g_u^2 du) z
 
-    The last integral is alpha_t^2 (rho_s^2 - rho_t^2), rho = sigma/alpha; the other is a 32-point Gauss-Legendre quadrature in t.
+    The last integral is alpha_t^2 (rho_s^2 - rho_t^2), rho = sigma/alpha; the other is a 32-point Gauss-Legendre quadrature
+    in t.
     """
 
     stages = 1
@@ -260,7 +274,10 @@ class FrozenScore:
 
     def step(self, problem: Problem, x: Form, s: Knot, t: Knot, carry: Any, noise: Noise) -> Step:
         if s.alpha == 0.0 or s.sigma == 0.0:
-            raise PathError(f"at t = {s.t:g} alpha = {s.alpha:g} and sigma = {s.sigma:g}: the frozen score needs both > 0 at the start of a step")
+            raise PathError(
+                f"at t = {s.t:g} alpha = {s.alpha:g} and sigma = {s.sigma:g}: the frozen score needs both > 0 at the start "
+                "of a step"
+            )
         eta = problem.eta(s)
         times = [s.t + 0.5 * (t.t - s.t) * (1.0 + node) for node in _NODES]
         values = (problem.path.g2(times) / problem.path.alpha(times)).tolist()

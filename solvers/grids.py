@@ -1,8 +1,10 @@
-"""Grids: plain functions (path, n) -> n + 1 decreasing float64 times from ``start`` (default T) to ``stop`` (default the path's t_min).
+"""Grids: plain functions (path, n) -> n + 1 decreasing float64 times from ``start`` (default T) to ``stop`` (default the
+path's t_min).
 
-rho = sigma / alpha and lambda = -log rho. A grid in lambda or rho cannot reach a time where they are infinite in one law: with sigma(stop) = 0
-it goes to t_min in n - 1 steps and to ``stop`` in the last (as released samplers that end at zero do); with alpha(start) = 0 it starts at
-T - t_min instead unless told otherwise, and says so if an infinite start is asked for.
+rho = sigma / alpha and lambda = -log rho. A grid in lambda or rho cannot reach a time where they are infinite in one law:
+with sigma(stop) = 0
+it goes to t_min in n - 1 steps and to ``stop`` in the last (as released samplers that end at zero do); with alpha(start) = 0
+it starts at T - t_min instead unless told otherwise, and says so if an infinite start is asked for.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ def cosine(path: Path, n: int, start: float | None = None, stop: float | None = 
     return _ends(path, n, start, stop, law, infinite_ok=True)
 
 
-#: Align Your Steps (Sabour, Fidler & Kreis 2024): the noise levels sigma/alpha published for ten steps, data of the paper's quick-start page.
+#: Align Your Steps (Sabour, Fidler & Kreis 2024): the noise levels sigma/alpha published for ten steps, data of the paper's
+#: quick-start page.
 AYS_TABLES = {
     "ays_sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
     "ays_sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
@@ -80,7 +83,15 @@ def _ays(name: str) -> Grid:
         a = max(first, float(path.lam(path.T))) if start is None else float(path.lam(start))
         b = min(last, float(path.lam(0.0))) if stop is None else float(path.lam(stop))
         if not (math.isfinite(a) and math.isfinite(b)):
-            raise InputError(f"{name} is a table of noise levels: start={start} and stop={stop} must have finite sigma/alpha > 0")
+            raise InputError(
+                f"{name} is a table of noise levels: start={start} and stop={stop} must have finite sigma/alpha > 0"
+            )
+        if not a < b:
+            low, high = math.exp(-b), math.exp(-a)
+            raise InputError(
+                f"{name} covers sigma/alpha from {AYS_TABLES[name][-1]:g} to {AYS_TABLES[name][0]:g}, which {path} does not "
+                f"reach ({low:g}, {high:g})"
+            )
         # the published levels, mapped affinely in lambda where other ends were asked for or the path does not reach them
         lam = a + (-levels - first) * ((b - a) / (last - first))
         return path.time(lam) if (start, stop) == (None, None) else _pin(path.time(lam), start, stop)
@@ -99,7 +110,12 @@ def _pin(times: Tensor, start: float | None, stop: float | None) -> Tensor:
 
 
 def _ends(
-    path: Path, n: int, start: float | None, stop: float | None, law: Callable[[float, float, int], Tensor], infinite_ok: bool = False
+    path: Path,
+    n: int,
+    start: float | None,
+    stop: float | None,
+    law: Callable[[float, float, int], Tensor],
+    infinite_ok: bool = False,
 ) -> Tensor:
     """n steps by ``law(start, stop, steps)``, both ends exact."""
     if isinstance(n, bool) or not isinstance(n, int):
@@ -121,7 +137,9 @@ def _ends(
         )
     if not infinite_ok and math.isinf(float(path.lam(b))):
         if not b < path.t_min < a:
-            raise InputError(f"sigma({b:g}) = 0, so lambda is infinite at stop={b:g}, and t_min={path.t_min:g} is not between: raise stop")
+            raise InputError(
+                f"sigma({b:g}) = 0, so lambda is infinite at stop={b:g}, and t_min={path.t_min:g} is not between: raise stop"
+            )
         head = _exact(law(a, path.t_min, n - 1), a, path.t_min) if n > 1 else torch.tensor([a], dtype=torch.float64)
         return torch.cat([head, torch.tensor([b], dtype=torch.float64)])
     return _exact(law(a, b, n), a, b)
@@ -151,4 +169,6 @@ def make_grid(grid: Any, path: Path, n: int, start: float | None = None, stop: f
         return GRIDS[grid](path, n, start, stop)
     if callable(grid):
         return torch.as_tensor(grid(path, n, start, stop), dtype=torch.float64)
-    raise InputError(f"grid={grid!r}: give a name of GRIDS or a function (path, n, start, stop) -> times; for explicit times use integrate")
+    raise InputError(
+        f"grid={grid!r}: give a name of GRIDS or a function (path, n, start, stop) -> times; for explicit times use integrate"
+    )

@@ -1,8 +1,11 @@
 """A sampler is a table of numbers: tracing a solver to its table, and running the table.
 
-``trace`` hands a solver symbolic linear forms instead of tensors. What comes out is a ``Plan``: rows that either call the network at a
-known register and time, draw unit normals, or form a linear combination of registers. ``Plan.run`` lowers the rows for the row (a, b) that
-the network predicts and executes them in place; ``Plan.iterate`` yields one network call at a time for callers that own the network.
+``trace`` hands a solver symbolic linear forms instead of tensors. What comes out is a ``Plan``: rows that either call the
+network at a
+known register and time, draw unit normals, or form a linear combination of registers. ``Plan.run`` lowers the rows for the
+row (a, b) that
+the network predicts and executes them in place; ``Plan.iterate`` yields one network call at a time for callers that own the
+network.
 """
 
 from __future__ import annotations
@@ -178,7 +181,8 @@ class _Tracer:
 class Plan:
     """A solver traced on a path and a grid.
 
-    ``rows`` are executed in order; ``states[i]`` is the register that holds the state at ``times[i]`` (register 0 is the caller's start);
+    ``rows`` are executed in order; ``states[i]`` is the register that holds the state at ``times[i]`` (register 0 is the
+    caller's start);
     ``knots`` are where the network is called. Run it on any score whose path has the same values at these knots.
     """
 
@@ -222,7 +226,8 @@ class Plan:
     def iterate(
         self, score: Predictor, x: Tensor, noise: Callable[[int, Knot, Knot, Tensor], Tensor] | None = None
     ) -> Generator[tuple[Tensor, Knot], Tensor, Tensor]:
-        """Step by step, for callers that own the network: yields (state, knot), wants the raw output sent back, returns the last state.
+        """Step by step, for callers that own the network: yields (state, knot), wants the raw output sent back, returns the
+        last state.
 
         ``score`` only says what the output means (its ``row``); it is not called.
         """
@@ -283,7 +288,9 @@ def _write_knot(item: Any) -> Any:
 
 
 def _read_knot(k: Sequence[Any]) -> Knot:
-    return Knot(*map(float, k[:7]), *map(int, k[7:9]))
+    t, alpha, sigma, lam, dalpha, dsigma, g2 = map(float, k[:7])
+    index, count = map(int, k[7:])
+    return Knot(t, alpha, sigma, lam, dalpha, dsigma, g2, index, count)
 
 
 def _read_call(row: Sequence[Any]) -> Call:
@@ -315,7 +322,9 @@ def _validate(plan: Plan) -> None:
 def trace_solver(solver: Solver, path: Path, times: tuple[float, ...], eta: Any, name: str) -> Plan:
     """Run ``march`` on symbolic forms. Cached: solver, path and times are hashable values."""
     if not solver.linear:
-        raise InputError(f"{name!r} is not linear (its coefficients depend on the state), so it has no table: use integrate or sample")
+        raise InputError(
+            f"{name!r} is not linear (its coefficients depend on the state), so it has no table: use integrate or sample"
+        )
     eta_of = _eta_function(eta)
     tracer = _Tracer(path, eta_of)
     grid = path.knots(times, grid=True)
@@ -332,10 +341,14 @@ def trace_solver(solver: Solver, path: Path, times: tuple[float, ...], eta: Any,
 
 
 def _eta_function(eta: Any) -> Callable[[Knot], float]:
-    return (lambda knot: float(eta(knot.t))) if callable(eta) else (lambda knot: float(eta))
+    def level(knot: Knot) -> float:
+        return float(eta(knot.t) if callable(eta) else eta)  # pyright: ignore[reportArgumentType]
+
+    return level
 
 
-# --- lowering: from rows to in-place operations -----------------------------------------------------------------------------------
+# --- lowering: from rows to in-place operations
+# -----------------------------------------------------------------------------------
 
 CALL, NORMAL, MUL, MUL_, ADD, ADD_, FREE, STATE = range(8)
 
@@ -343,8 +356,8 @@ CALL, NORMAL, MUL, MUL_, ADD, ADD_, FREE, STATE = range(8)
 class Program(NamedTuple):
     """What the interpreter executes: (op, out, source, argument) with slots for registers.
 
-    Slot 0 is the caller's start, never written. Slots that a linear combination writes are the program's own and reused; network outputs
-    and normals are other people's buffers, read only.
+    Slot 0 is the caller's start, never written. Slots that a linear combination writes are the program's own and reused;
+    network outputs and normals are other people's buffers, read only.
     """
 
     code: tuple[tuple[int, int, int, Any], ...]
@@ -356,14 +369,15 @@ class Program(NamedTuple):
 def lower(plan: Plan, score: Predictor, in_place: bool) -> Program:
     """Express every row in states, raw outputs and normals, then give registers to slots by their last use.
 
-    A call's target is u * state + v * output. Used before the next call only, it is folded into the combinations that use it and never
-    computed; needed later (a multistep history), it is computed once into a slot of its own.
+    A call's target is u * state + v * output. Used before the next call only, it is folded into the combinations that use it
+    and never computed; needed later (a multistep history), it is computed once into a slot of its own.
     """
     for knot, own in zip(plan.knots, score.path.knots([k.t for k in plan.knots]), strict=True):
         if not (math.isclose(knot.alpha, own.alpha, rel_tol=1e-9) and math.isclose(knot.sigma, own.sigma, rel_tol=1e-9)):
             raise InputError(
                 f"the plan was traced on {plan.path} but the score's path is {score.path}: at t = {knot.t:g} "
-                f"(alpha, sigma) is ({knot.alpha:.6g}, {knot.sigma:.6g}) there and ({own.alpha:.6g}, {own.sigma:.6g}) here; trace on score.path"
+                f"(alpha, sigma) is ({knot.alpha:.6g}, {knot.sigma:.6g}) there and ({own.alpha:.6g}, {own.sigma:.6g}) here; "
+                "trace on score.path"
             )
     rows, final = _fold(plan, score)
     last = _last_uses(rows, plan.states)

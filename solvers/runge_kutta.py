@@ -3,7 +3,8 @@
     in t    dx/dt = alpha' x0 + sigma' eps                      (the velocity; any path, finite also where alpha = 0)
     in rho  d(x/alpha)/d rho = eps,  rho = sigma / alpha        (the variable of Karras et al. 2022)
 
-Orders are those of the tableau. A stage at a time where the slope is infinite (sigma'(0) of VP, eps at sigma = 0 where no network defines it)
+Orders are those of the tableau. A stage at a time where the slope is infinite (sigma'(0) of VP, eps at sigma = 0 where no
+network defines it)
 cannot be evaluated: such a last step is an Euler step, as in EDM's sampler; its network calls are counted like all others.
 """
 
@@ -21,7 +22,9 @@ from .base import Form, Noise, Problem, Step
 
 @dataclass(frozen=True)
 class Tableau:
-    """A Butcher tableau: strictly lower a, weights b, nodes c, and the order it claims, checked at construction up to order four."""
+    """A Butcher tableau: strictly lower a, weights b, nodes c, and the order it claims, checked at construction up to order
+    four.
+    """
 
     name: str
     order: int
@@ -36,7 +39,9 @@ class Tableau:
             raise InputError(f"tableau {self.name}: a must be strictly lower triangular with {n} rows, b and c of length {n}")
         for residual in self._order_conditions():
             if abs(residual) > 1e-12:
-                raise InputError(f"tableau {self.name} does not satisfy the conditions of order {self.order} (residual {residual:.2e})")
+                raise InputError(
+                    f"tableau {self.name} does not satisfy the conditions of order {self.order} (residual {residual:.2e})"
+                )
 
     def _order_conditions(self) -> list[float]:
         a = [[*row, *[0.0] * (len(self.c) - len(row))] for row in self.a]
@@ -98,7 +103,10 @@ class RungeKutta:
         field = _in_t if self.variable == "t" else _in_rho
         tableau = self.tableau
         if self.variable == "t" and not field.finite(s):
-            raise PathError(f"the slope of x in t is infinite at t = {s.t:g} (sigma' = {s.dsigma:g}): start elsewhere, such as the path's t_min")
+            raise PathError(
+                f"the slope of x in t is infinite at t = {s.t:g} (sigma' = {s.dsigma:g}): start elsewhere, such as the "
+                "path's t_min"
+            )
         if 1.0 in tableau.c and not field.finite(t):
             tableau = EULER
         at_s = field.knot(problem, s, t, 0.0)

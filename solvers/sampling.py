@@ -1,10 +1,12 @@
 """The boundary: every input is checked once, then a plan is run or the solver is marched, then the end is checked once.
 
-``sample`` makes samples from a score, ``encode`` takes data to noise, ``integrate`` runs any solver between given times, ``trace`` makes the table.
+``sample`` makes samples from a score, ``encode`` takes data to noise, ``integrate`` runs any solver between given times,
+``trace`` makes the table.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import warnings
@@ -30,7 +32,9 @@ from .plan import Plan, _eta_function, execute, trace_solver
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a callback sees after step i of n: the state (its own copy), its time and noise level, and the network calls so far."""
+    """What a callback sees after step i of n: the state (its own copy), its time and noise level, and the network calls so
+    far.
+    """
 
     i: int
     n: int
@@ -77,8 +81,8 @@ def sample(
     nfe     : spend at most this many network calls; or steps=, the number of steps. Exactly one of the two
     grid    : a name of GRIDS or a function (path, n, start, stop) -> n + 1 times
     start, stop : first and last time, default T and the path's t_min;  stop=0 ends at the data
-    seed    : sample i is a function of (seed, i) alone; seeds= gives one seed a sample;  noise: "white", "brownian" or a source of sde.noise
-    options : callback, trajectory, conditions, grad, progress, as for ``integrate``
+    seed    : sample i is a function of (seed, i) alone; seeds= gives one seed a sample;  noise: "white", "brownian" or a
+    source of sde.noise options : callback, trajectory, conditions, grad, progress, as for ``integrate``
     """
     _check_score(score)
     name, solver, eta = resolve(solver, eta)
@@ -113,13 +117,17 @@ def encode(
     stop: float | None = None,
     **options: Any,
 ) -> Solution:
-    """Data (at time ``stop``) to noise (at ``start``) along the probability flow: ``sample`` on the reversed grid, same names, same solvers."""
+    """Data (at time ``stop``) to noise (at ``start``) along the probability flow: ``sample`` on the reversed grid, same
+    names, same solvers.
+    """
     _check_score(score)
     name, solver, eta = resolve(solver, None)
     if (nfe is None) == (steps is None):
         raise InputError(f"give exactly one of nfe= and steps=, got nfe={nfe!r} and steps={steps!r}")
-    if eta != 0.0 or solver.stochastic and not solver.takes_eta:
-        raise InputError(f"solver={name!r} is stochastic: encoding follows the probability flow; use an ODE solver such as 'dpmpp_2m'")
+    if eta != 0.0 or (solver.stochastic and not solver.takes_eta):
+        raise InputError(
+            f"solver={name!r} is stochastic: encoding follows the probability flow; use an ODE solver such as 'dpmpp_2m'"
+        )
     solver, times = _plan_times(solver, name, score.path, nfe, steps, grid, start, stop, eta)
     _check_state(x)
     return _run(solver, name, score, 0.0, x, times[::-1], White(), **options)
@@ -161,7 +169,9 @@ def integrate(
         score, (name, solver, eta) = problem, resolve(solver)
     _check_eta(solver, name, eta)
     _check_state(x)
-    return _run(solver, name, score, eta, x, _check_times(times, score.path), _source(noise, seed, seeds), traced=traced, **options)
+    return _run(
+        solver, name, score, eta, x, _check_times(times, score.path), _source(noise, seed, seeds), traced=traced, **options
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +185,14 @@ class _HashableEta:
 
 
 def run_plan(
-    plan: Plan, score: Predictor, x: Tensor, *, seed: int = 0, seeds: Sequence[int] | None = None, noise: Any = None, **options: Any
+    plan: Plan,
+    score: Predictor,
+    x: Tensor,
+    *,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    noise: Any = None,
+    **options: Any,
 ) -> Solution:
     """``Plan.run``: the same boundary as ``integrate``, for a table that exists already."""
     _check_score(score)
@@ -183,7 +200,8 @@ def run_plan(
     return _run(None, plan.solver, score, plan.eta, x, plan.times, _source(noise, seed, seeds), plan=plan, **options)
 
 
-# --- the run ------------------------------------------------------------------------------------------------------------------------
+# --- the run
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _run(
@@ -211,7 +229,7 @@ def _run(
     evaluator = Evaluator(score, state, conditions or {}, _eta_function(eta) if not isinstance(eta, tuple) else _no_eta)
     if len(x) == 0:
         return Solution(x.clone(), 0, 0, torch.tensor(times, dtype=torch.float64), time.perf_counter() - began, name)
-    recorder = _Recorder(grid, evaluator, callback, [state.clone()] if trajectory else None, progress)
+    recorder = _Recorder(grid, evaluator, callback, [(state if grad else state.detach()).clone()] if trajectory else None, progress)
     accepted = rejected = None
     with torch.set_grad_enabled(grad), _running(score), recorder:
         draw = _drawer(source, state)
@@ -239,9 +257,7 @@ def _run(
     )
 
 
-def _run_plan(
-    plan: Plan, score: Predictor, evaluator: Evaluator, x: Tensor, draw: Any, after: Any, in_place: bool
-) -> Tensor:
+def _run_plan(plan: Plan, score: Predictor, evaluator: Evaluator, x: Tensor, draw: Any, after: Any, in_place: bool) -> Tensor:
     program = plan.program(score, in_place)
     calls = evaluator.prepare(plan.knots)
     gen = execute(program, x, draw, after)
@@ -288,14 +304,22 @@ def _locate(error: NetworkError, name: str, grid: Sequence[Knot]) -> None:
     """Add the step to a network error that knows its time."""
     if error.t is None or error.step is not None:
         return
-    low = [min(a.t, b.t) <= error.t <= max(a.t, b.t) for a, b in zip(grid, grid[1:], strict=False)]
+    low = [min(a.t, b.t) <= error.t <= max(a.t, b.t) for a, b in itertools.pairwise(grid)]
     error.step = low.index(True) if True in low else None
     if error.step is not None:
         error.args = (f"{name}, step {error.step + 1}/{len(grid) - 1}: {error.args[0]}", *error.args[1:])
 
 
 def _explain(
-    solver: Solver | None, name: str, plan: Plan | None, score: Predictor, x: Tensor, conditions: Any, eta: Any, grid: list[Knot], source: Source
+    solver: Solver | None,
+    name: str,
+    plan: Plan | None,
+    score: Predictor,
+    x: Tensor,
+    conditions: Any,
+    eta: Any,
+    grid: list[Knot],
+    source: Source,
 ) -> None:
     """The end is not finite: runs are deterministic, so a replay with checks finds the step, the time and the samples."""
     evaluator = Evaluator(score, x, conditions or {}, _eta_function(eta) if not isinstance(eta, tuple) else _no_eta)
@@ -322,14 +346,22 @@ def _explain(
             return state
 
         march(solver, check, x, grid, lambda s, t: draw(next(count), s, t, x), after)  # pyright: ignore[reportArgumentType]
-    raise NetworkError(f"{name}: the result is not finite, but a replay was: the network is not deterministic; check dropout and its buffers")
+    raise NetworkError(
+        f"{name}: the result is not finite, but a replay was: the network is not deterministic; check dropout and its buffers"
+    )
 
 
 class _CheckedEvaluator:
     """What a back end sees in a replay."""
 
     def __init__(self, evaluator: Evaluator, check: FiniteCheck) -> None:
-        self.path, self.eta, self.tally, self.x, self.predict = evaluator.path, evaluator.eta, evaluator.tally, evaluator.x, check.predict
+        self.path, self.eta, self.tally, self.x, self.predict = (
+            evaluator.path,
+            evaluator.eta,
+            evaluator.tally,
+            evaluator.x,
+            check.predict,
+        )
 
 
 def _no_eta(knot: Knot) -> float:
@@ -340,7 +372,12 @@ class _Recorder:
     """Callbacks, the kept trajectory and the progress bar: all that happens after a step."""
 
     def __init__(
-        self, grid: list[Knot], evaluator: Evaluator, callback: Callable[[StepInfo], Any] | None, states: list[Tensor] | None, progress: bool
+        self,
+        grid: list[Knot],
+        evaluator: Evaluator,
+        callback: Callable[[StepInfo], Any] | None,
+        states: list[Tensor] | None,
+        progress: bool,
     ) -> None:
         if callback is not None and not callable(callback):
             raise InputError(f"callback={callback!r}: give a function of one StepInfo")
@@ -396,7 +433,8 @@ def _drawer(source: Source, x: Tensor) -> Callable[[int, Knot, Knot, Tensor], Te
     return draw
 
 
-# --- the boundary check ---------------------------------------------------------------------------------------------------------------
+# --- the boundary check
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def _plan_times(
@@ -423,7 +461,11 @@ def _plan_times(
         low = getattr(solver, "reduced", None)
         if low is None or low.stages > budget:
             raise InputError(f"nfe={budget}: a step of {name!r} costs {solver.stages} network calls; give at least that")
-        warnings.warn(f"nfe={budget}: a step of {name!r} costs {solver.stages} network calls; one step of its lower order is used", BudgetWarning, 4)
+        warnings.warn(
+            f"nfe={budget}: a step of {name!r} costs {solver.stages} network calls; one step of its lower order is used",
+            BudgetWarning,
+            4,
+        )
         solver = low
     n = max(1, budget // solver.stages)
     while solver.linear and trace_solver(solver, path, times(n + 1), eta, name).nfe <= budget:
@@ -468,23 +510,29 @@ def _check_times(times: Any, path: Path) -> tuple[float, ...]:
         raise InputError(f"times has shape {tuple(t.shape)} and dtype {t.dtype}: give at least two numbers in one dimension")
     values: list[float] = t.to(torch.float64).tolist()
     down = values[0] > values[1]
-    for i, (a, b) in enumerate(zip(values, values[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(values)):
         if not (math.isfinite(a) and math.isfinite(b)):
-            raise InputError(f"times[{i if not math.isfinite(a) else i + 1}] is {a if not math.isfinite(a) else b}: times must be finite")
+            raise InputError(
+                f"times[{i if not math.isfinite(a) else i + 1}] is {a if not math.isfinite(a) else b}: times must be finite"
+            )
         if a == b or (a > b) != down:
-            raise InputError(f"times[{i + 1}]={b:g} after times[{i}]={a:g}: times must be strictly decreasing (or increasing, to encode)")
+            raise InputError(
+                f"times[{i + 1}]={b:g} after times[{i}]={a:g}: times must be strictly decreasing (or increasing, to encode)"
+            )
     low, high = min(values), max(values)
     if low < 0.0 or high > path.T:
         raise InputError(f"times reach from {low:g} to {high:g}, outside the domain [0, {path.T:g}] of {path}")
     lams = path.lam(torch.tensor(values, dtype=torch.float64)).tolist()
-    for i, (a, b) in enumerate(zip(lams, lams[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(lams)):
         if not (a < b if down else a > b):
-            raise PathError(f"lambda is not monotone on {path}: lambda({values[i]:g}) = {a:g}, lambda({values[i + 1]:g}) = {b:g}")
+            raise PathError(
+                f"lambda is not monotone on {path}: lambda({values[i]:g}) = {a:g}, lambda({values[i + 1]:g}) = {b:g}"
+            )
     return tuple(values)
 
 
 def _check_shape(shape: Any) -> tuple[int, ...]:
-    if isinstance(shape, int) or isinstance(shape, str):
+    if isinstance(shape, (int, str)):
         raise InputError(f"shape={shape!r}: give a tuple (batch, ...) such as (64, 3, 32, 32)")
     size = tuple(shape)
     if len(size) < 1 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in size):

@@ -14,9 +14,11 @@ from .base import Form, Noise, Problem, Step
 
 @dataclass(frozen=True)
 class EulerMaruyama:
-    """x_t = x_s + (t - s) [f x_s - (1 + eta^2)/2 g^2 score(x_s)] + eta g sqrt|t - s| z, everything at s. Milstein's method is the same here.
+    """x_t = x_s + (t - s) [f x_s - (1 + eta^2)/2 g^2 score(x_s)] + eta g sqrt|t - s| z, everything at s. Milstein's method
+    is the same here.
 
-    Weak order 1, strong order 1 (the noise is additive), order 1 for eta = 0, where it is Euler's method. One network call a step.
+    Weak order 1, strong order 1 (the noise is additive), order 1 for eta = 0, where it is Euler's method. One network call a
+    step.
     """
 
     stages = 1
@@ -39,7 +41,8 @@ class EulerMaruyama:
 
 @dataclass(frozen=True)
 class DiscreteDDPM:
-    """DDPM with a table beta_k = g(s)^2 (s - t), as Pierret & Galerne (2025) discretise it; variance-preserving paths only, eta = 1.
+    """DDPM with a table beta_k = g(s)^2 (s - t), as Pierret & Galerne (2025) discretise it; variance-preserving paths only,
+    eta = 1.
 
         x_t = (x_s + beta score(x_s)) / sqrt(1 - beta) + sqrt(beta) z
 
@@ -54,12 +57,19 @@ class DiscreteDDPM:
 
     def step(self, problem: Problem, x: Form, s: Knot, t: Knot, carry: Any, noise: Noise) -> Step:
         if abs(s.alpha**2 + s.sigma**2 - 1.0) > 1e-9:
-            raise PathError(f"alpha^2 + sigma^2 = {s.alpha**2 + s.sigma**2:.4g} at t = {s.t:g}: ddpm_discrete needs a variance-preserving path; use 'ddpm'")
+            raise PathError(
+                f"alpha^2 + sigma^2 = {s.alpha**2 + s.sigma**2:.4g} at t = {s.t:g}: ddpm_discrete needs a "
+                "variance-preserving path; use 'ddpm'"
+            )
         if problem.eta(s) != 1.0:
-            raise InputError(f"eta = {problem.eta(s):g}: ddpm_discrete is defined for eta = 1; use 'ddpm' for other noise levels")
+            raise InputError(
+                f"eta = {problem.eta(s):g}: ddpm_discrete is defined for eta = 1; use 'ddpm' for other noise levels"
+            )
         beta = s.g2 * (s.t - t.t)
         if not 0.0 < beta < 1.0:
-            raise InputError(f"beta = g^2 h = {beta:.4g} at t = {s.t:g}: ddpm_discrete needs 0 < beta < 1, so more steps, or 'ddpm'")
+            raise InputError(
+                f"beta = g^2 h = {beta:.4g} at t = {s.t:g}: ddpm_discrete needs 0 < beta < 1, so more steps, or 'ddpm'"
+            )
         mean = (1.0 / math.sqrt(1.0 - beta)) * (x - (beta / s.sigma) * problem.predict(x, s).eps)
         return Step(mean + math.sqrt(beta) * noise(s, t))
 
@@ -70,8 +80,10 @@ class AnnealedLangevin:
 
         x <- (alpha_t/alpha_s) x,   then ``inner`` times   x <- x + size/2 sigma_t^2 score(x) + sqrt(size) sigma_t z
 
-    ``size`` is NCSN's epsilon / sigma_L^2 (0.2 there). At sigma_t = 0 the state becomes alpha_t x0 (NCSNv2's final denoising). ``inner`` calls a
-    step. Weak order 1 in the number of levels, down to a floor: Langevin steps of fixed relative size leave the variance too large by size/4 sigma_t^2.
+    ``size`` is NCSN's epsilon / sigma_L^2 (0.2 there). At sigma_t = 0 the state becomes alpha_t x0 (NCSNv2's final
+    denoising). ``inner`` calls a
+    step. Weak order 1 in the number of levels, down to a floor: Langevin steps of fixed relative size leave the variance too
+    large by size/4 sigma_t^2.
     """
 
     inner: int = 5

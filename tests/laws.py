@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from sde.noise import Draws, Source
-from sde.path import Path
-from sde.prediction import Knot
 from torch import Tensor
 
 from scores import GaussianMixture
+from sde.noise import Draws, Source
+from sde.path import Path
+from sde.prediction import Knot
 
 
 class _ProbeDraws(Draws):

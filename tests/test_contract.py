@@ -49,6 +49,11 @@ DETERMINISTIC = [n for n, e in SOLVERS.items() if e.eta == 0.0 and not (e.solver
 STOCHASTIC = [name for name in ALL if name not in DETERMINISTIC]
 
 
+def budget(name: str, nfe: int) -> dict[str, Any]:
+    """Arguments of ``sample`` that spend about nfe calls; an easy stretch where the solver chooses its steps."""
+    return {"nfe": 1000, "start": 0.5, "stop": 0.2} if name in ADAPTIVE else {"nfe": nfe}
+
+
 class Spy:
     """An elementwise network that remembers the times it was called at."""
 
@@ -279,8 +284,10 @@ def test_memory_layout_does_not_matter(name, dtype):
         "offset": torch.cat([torch.zeros(1, dtype=dtype), x.flatten()])[1:].view(x.shape),
     }
 
+    times = [0.5, 0.4] if name in ADAPTIVE else [0.99, 0.5, 0.2, 0.01]
+
     def run(x: Tensor) -> Tensor:
-        return integrate(name, plain(home(name)), x, [0.99, 0.5, 0.2, 0.01], seed=3).x
+        return integrate(name, plain(home(name)), x, times, seed=3).x
 
     reference = run(x)
     for label, given in layouts.items():
@@ -300,7 +307,7 @@ def test_threads_of_torch_do_not_change_bits(name):
             out = []
             for threads in (1, 2):
                 torch.set_num_threads(threads)
-                out.append(sample(plain(home(name)), shape, solver=name, nfe=200 if name == "dopri5" else 6, seed=3).x)
+                out.append(sample(plain(home(name)), shape, solver=name, **budget(name, 6), seed=3).x)
             assert equal(*out), shape
     finally:
         torch.set_num_threads(before)
@@ -311,12 +318,12 @@ def test_threads_of_torch_do_not_change_bits(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_same_seed_replays(name):
-    a, b, other = (sample(plain(home(name)), (3, 4), solver=name, nfe=400 if name in ADAPTIVE else 12, seed=s) for s in (7, 7, 8))
+    a, b, other = (sample(plain(home(name)), (3, 4), solver=name, **budget(name, 12), seed=s) for s in (7, 7, 8))
     assert equal(a.x, b.x) and a.nfe == b.nfe
     assert not torch.equal(a.x, other.x)
     if name in STOCHASTIC:  # the seed drives the steps too, not only the start
         x = torch.ones(3, 4)
-        c, d = (sample(plain(home(name)), x=x, solver=name, nfe=400 if name in ADAPTIVE else 12, seed=s) for s in (7, 8))
+        c, d = (sample(plain(home(name)), x=x, solver=name, **budget(name, 12), seed=s) for s in (7, 8))
         assert not torch.equal(c.x, d.x)
 
 
@@ -335,7 +342,7 @@ def test_threads_share_a_plan_and_a_score(name):
 def test_threads_share_solvers_without_a_table():
     for name in [n for n in ALL if n not in LINEAR]:
         with ThreadPoolExecutor(4) as pool:
-            runs = list(pool.map(lambda seed: sample(plain(home(name)), (2, 3), solver=name, nfe=300, grid="karras", seed=seed).x, [1, 2] * 4))  # noqa: B023
+            runs = list(pool.map(lambda seed: sample(plain(home(name)), (2, 3), solver=name, **budget(name, 12), seed=seed).x, [1, 2] * 2))  # noqa: B023
         assert all(equal(run, runs[i % 2]) for i, run in enumerate(runs))
 
 
@@ -378,8 +385,8 @@ def test_runs_leave_no_traces(name):
     x = White(0).initial((3, 4))
     kept = x.clone(), times.clone(), x._version, times._version
     before = surroundings(network)
-    sample(score, (3, 4), solver=name, nfe=500 if name in ADAPTIVE else 20)
-    sample(score, x=x, solver=name, nfe=500 if name in ADAPTIVE else 20, seed=4)
+    sample(score, (3, 4), solver=name, **budget(name, 20))
+    sample(score, x=x, solver=name, **budget(name, 20), seed=4)
     out = integrate(name, score, x, times, trajectory=name not in ADAPTIVE and not hasattr(SOLVERS[name].solver, "solve"))
     assert out.x.data_ptr() != x.data_ptr()
     if name in LINEAR:
@@ -388,7 +395,7 @@ def test_runs_leave_no_traces(name):
         Plan.from_json(plan.to_json()).run(score, x)
         exact_law(plan, Gaussian(path, torch.zeros(2), std=0.5))
     if name in DETERMINISTIC:
-        encode(score, x, solver=name, nfe=500 if name in ADAPTIVE else 20)
+        encode(score, x, solver=name, **budget(name, 20))
     assert surroundings(network) == before
     assert equal(x, kept[0]) and equal(times, kept[1])
     assert (x._version, times._version) == kept[2:]
@@ -413,9 +420,10 @@ def test_a_failed_run_leaves_no_traces_either(name):
 @pytest.mark.parametrize("name", ALL)
 def test_dtypes(name):
     x = White(3).initial((5, 3), torch.float64)
+    times = [0.5, 0.4] if name in ADAPTIVE else [0.99, 0.7, 0.5, 0.3, 0.1, 0.01]
     out = {}
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        result = integrate(name, plain(home(name)), x.to(dtype), [0.99, 0.7, 0.5, 0.3, 0.1, 0.01], seed=2)
+        result = integrate(name, plain(home(name)), x.to(dtype), times, seed=2)
         assert result.x.dtype == dtype
         assert result.times.dtype == torch.float64
         out[dtype] = result.x
@@ -423,16 +431,14 @@ def test_dtypes(name):
         reference = out[torch.float64]
         assert (out[torch.float32].double() - reference).norm() < 1e-4 * reference.norm()
         for half in (torch.float16, torch.bfloat16):  # the state is float32 inside: only the start and the end are rounded
-            inside = integrate(name, plain(home(name)), x.to(half).float(), [0.99, 0.7, 0.5, 0.3, 0.1, 0.01], seed=2)
+            inside = integrate(name, plain(home(name)), x.to(half).float(), times, seed=2)
             assert equal(inside.x.to(half), out[half])
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_global_modes_of_torch_do_not_matter(name):
-    nfe = 400 if name in ADAPTIVE else 12
-
     def run() -> Tensor:
-        return sample(Score(elementwise, home(name), "x0"), (4, 3), solver=name, nfe=nfe, seed=2).x
+        return sample(Score(elementwise, home(name), "x0"), (4, 3), solver=name, **budget(name, 12), seed=2).x
 
     expected = run()
     torch.set_default_dtype(torch.float64)

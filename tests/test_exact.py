@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -15,10 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import Probe, probe
-from sde import EDM, VP, Linear, ReverseSDE
-from sde.errors import InputError
 
 from scores import Gaussian
+from sde import EDM, VP, Linear, ReverseSDE
+from sde.errors import InputError
 from solvers import SOLVERS, exact_law, integrate, trace
 from solvers.convergence import kinds_of, warped_grid
 from solvers.exact import flow_error, strong_error
@@ -29,7 +30,8 @@ ROOT = File(__file__).resolve().parents[1]
 EIGENVALUES = ROOT.parent / "shared" / "data" / "cifar10_eigenvalues.npy"
 TRACEABLE = [name for name, entry in SOLVERS.items() if entry.solver.linear]
 
-# Pierret & Galerne 2025 (arXiv 2405.14250), W2 to the data; N points of a uniform grid from 1 to 1e-3; start p_T / N(0, I). The published table labels
+# Pierret & Galerne 2025 (arXiv 2405.14250), W2 to the data; N points of a uniform grid from 1 to 1e-3; start p_T / N(0, I).
+# The published table labels
 # Heun's columns NFE, but they are points (twice as many evaluations, less two), and RK4's NFE = 4 N.
 PUBLISHED = {
     "euler_maruyama": {50: ("4.68", "4.68"), 250: (".70", ".70"), 500: (".40", ".40"), 1000: (".27", ".27")},
@@ -39,9 +41,17 @@ PUBLISHED = {
     "heun": {50: (".58", ".59"), 250: (".13", ".15"), 500: (".16", ".18"), 1000: (".17", ".19")},
     "rk4": {12: ("2.60", "2.60"), 62: (".09", ".12"), 125: (".15", ".17"), 250: (".17", ".19")},
 }
-FOUR_DIGITS = {"euler_maruyama": 4.6755, "exponential_integrator": 2.9148, "ddpm_discrete": 6.7413, "euler": 1.7855, "heun": 0.5918}
+FOUR_DIGITS = {
+    "euler_maruyama": 4.6755,
+    "exponential_integrator": 2.9148,
+    "ddpm_discrete": 6.7413,
+    "euler": 1.7855,
+    "heun": 0.5918,
+}
 
-needs_spectrum = pytest.mark.skipif(not EIGENVALUES.exists(), reason="the CIFAR-10 spectrum has no licence and is not in the repository")
+needs_spectrum = pytest.mark.skipif(
+    not EIGENVALUES.exists(), reason="the CIFAR-10 spectrum has no licence and is not in the repository"
+)
 
 
 def cifar() -> Gaussian:
@@ -71,7 +81,10 @@ def test_true_heun_at_48_evaluations():
     data = cifar()
     plan = trace("heun", data.path, make_grid("uniform", data.path, 24, None, 1e-3))
     assert plan.nfe == 48
-    assert f"{exact_law(plan, data).w2():.3f}" in ("2.044", "2.046") or f"{exact_law(plan, data, start='prior').w2():.3f}" == "2.044"
+    assert (
+        f"{exact_law(plan, data).w2():.3f}" in ("2.044", "2.046")
+        or f"{exact_law(plan, data, start='prior').w2():.3f}" == "2.044"
+    )
 
 
 @needs_spectrum
@@ -101,7 +114,7 @@ def test_hand_recursions(values, points, start):
     big = lambda t: 0.05 * t + 9.95 * t**2 / 2  # noqa: E731
     s = lambda t: np.exp(-2 * big(t)) * lam + (1 - np.exp(-2 * big(t)))  # noqa: E731
     em = ei = dd = eu = s(1.0) if start == "marginal" else np.ones_like(lam)
-    for t0, t1 in zip(grid, grid[1:], strict=False):
+    for t0, t1 in itertools.pairwise(grid):
         h, db = t0 - t1, big(t0) - big(t1)
         em = (1 + h * b(t0) * (1 - 2 / s(t0))) ** 2 * em + 2 * h * b(t0)
         g1 = np.expm1(db)
@@ -181,7 +194,7 @@ def test_isotropic_ddim_law_on_any_path(data):
     if any(k.alpha < 1e-8 for k in knots):
         return
     factor = 1.0
-    for a, b in zip(knots, knots[1:], strict=False):
+    for a, b in itertools.pairwise(knots):
         p, q = a.sigma / a.alpha, b.sigma / b.alpha
         factor *= (value + p * q) / (value + p * p)
     s, t = knots[0], knots[-1]
@@ -192,7 +205,9 @@ def test_isotropic_ddim_law_on_any_path(data):
 
 @pytest.mark.parametrize("n", [2, 5, 10, 20, 50])
 def test_the_cosine_law_of_the_gaussian_grid(n):
-    """On equal steps of the angle arctan(rho/c), DDIM on N(0, c^2) shrinks the standard deviation by cos^N(da/N): (c^2 + ab)/(c^2 + a^2) a step."""
+    """On equal steps of the angle arctan(rho/c), DDIM on N(0, c^2) shrinks the standard deviation by cos^N(da/N): (c^2 +
+    ab)/(c^2 + a^2) a step.
+    """
     path, c = EDM(), 0.5
     first, last = math.atan(80.0 / c), math.atan(0.002 / c)
     grid = [c * math.tan(first + (last - first) * i / n) for i in range(n + 1)]
@@ -272,15 +287,24 @@ def test_reverse_sde_levels_are_the_plan_s():
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "benchmarks", "exact", *arguments], capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", "exact", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        check=False,
+    )
 
 
 def test_the_command_line_prints_one_json_line(tmp_path):
     file = tmp_path / "values.npy"
     values = np.array([4.0, 1.0, 0.25, -0.0], dtype=np.float32)
     np.save(file, values)
-    out = command("--eigenvalues", str(file), "--path", "vp", "--beta-min", "0.1", "--beta-max", "20", "--solver", "euler_maruyama", "--grid", "uniform",
-                  "--points", "50", "--stop", "1e-3", "--start", "marginal", "--json")  # fmt: skip
+    out = command(
+        *("--eigenvalues", str(file), "--path", "vp", "--beta-min", "0.1", "--beta-max", "20"),
+        *("--solver", "euler_maruyama", "--grid", "uniform", "--points", "50", "--stop", "1e-3", "--start", "marginal", "--json"),
+    )
     assert out.returncode == 0, out.stderr
     (line,) = out.stdout.strip().splitlines()
     row = json.loads(line)

@@ -1,7 +1,10 @@
-"""Every declared order is measured, for every row of SOLVERS, two-sided: a solver may neither overstate nor understate itself."""
+"""Every declared order is measured, for every row of SOLVERS, two-sided: a solver may neither overstate nor understate
+itself.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path as File
@@ -10,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from laws import Mixture1D, Probe, probe
-from sde import EDM, VP, Cosine, Linear, ReverseSDE, SubVP, Trigonometric
-from sde.noise import Draws, Source
 
 from scores import Gaussian
+from sde import EDM, VP, Cosine, Linear, ReverseSDE, SubVP, Trigonometric
+from sde.noise import Draws, Source
 from solvers import SOLVERS, integrate, sample, trace
 from solvers.backends import TorchDiffEq, TorchSDE
 from solvers.convergence import convergence, kinds_of, warped_grid
@@ -25,7 +28,8 @@ CONSTANTS = json.loads((File(__file__).parent / "error_constants.json").read_tex
 MEAN = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 VARIANCE = torch.tensor([0.04, 1.0, 0.3], dtype=torch.float64)
 
-# Solvers whose law converges to a slightly wrong one: Langevin steps of fixed relative size. Declared weak order 1, down to this floor.
+# Solvers whose law converges to a slightly wrong one: Langevin steps of fixed relative size. Declared weak order 1, down to
+# this floor.
 BIASED = {"pc_euler_maruyama", "pc_ddpm", "pc_ddpm_sigma", "annealed_langevin"}
 
 TRACED = [(name, kind) for name in SOLVERS for kind in kinds_of(name) if name not in BIASED]
@@ -43,8 +47,10 @@ def test_every_solver_has_a_theory():
     assert set(SOLVERS) == {n for n, _ in TRACED} | probed | toleranced | BIASED
 
 
-# The midpoint rule is of order three on Gaussian data wherever alpha and sigma are linear in its variable. With x' = a x the flow of a Gaussian
-# has x^2 quadratic, and the h^3 term of the midpoint's local error, a''/24 + a a'/4 + a^3/6, vanishes. Its order is measured on the mixture below.
+# The midpoint rule is of order three on Gaussian data wherever alpha and sigma are linear in its variable. With x' = a x the
+# flow of a Gaussian
+# has x^2 quadratic, and the h^3 term of the midpoint's local error, a''/24 + a a'/4 + a^3/6, vanishes. Its order is measured
+# on the mixture below.
 SUPERCONVERGENT = {("edm_midpoint", None), ("midpoint", "EDM"), ("midpoint", "Linear")}
 
 
@@ -90,8 +96,8 @@ def test_order_on_a_mixture_by_its_closed_flow(name, path):
 def test_error_constant_from_theory(name):
     """The constants of three one-step methods from the classical formula, with no solver run: int Phi(T, u) d(u) du.
 
-    d is the leading local error per unit of grid parameter: for x' = a x in the method's variable v, Euler's is -(a' + a^2)/2 v'^2 and Heun's
-    (a''/12 - a^3/6) v'^3 (v' = dv/du of the grid). Phi x = x_T since the flow is linear.
+    d is the leading local error per unit of grid parameter: for x' = a x in the method's variable v, Euler's is -(a' +
+    a^2)/2 v'^2 and Heun's (a''/12 - a^3/6) v'^3 (v' = dv/du of the grid). Phi x = x_T since the flow is linear.
     """
     path, low, high = VP(), -1.0, 1.5
     u = np.polynomial.legendre.leggauss(200)
@@ -132,7 +138,9 @@ def test_error_constant_from_theory(name):
 
 
 def _mean_error_of_euler(nodes, weights, dv, f, df, a, da, path, lam, k, l, mu):
-    """Leading error of Euler in t at the mean of p_T: local error -(m'')/2 with m = alpha mu, transported by the flow's linear map."""
+    """Leading error of Euler in t at the mean of p_T: local error -(m'')/2 with m = alpha mu, transported by the flow's
+    linear map.
+    """
     at = path.time(lam)
     alpha = path.alpha(at).numpy()
     spread = np.sqrt(alpha**2 * l + path.sigma(at).numpy() ** 2)
@@ -140,19 +148,22 @@ def _mean_error_of_euler(nodes, weights, dv, f, df, a, da, path, lam, k, l, mu):
     return float(np.sum(weights * -0.5 * (df + f**2) * alpha * mu * dv**2 * end / spread))
 
 
-# --- the rows without a table --------------------------------------------------------------------------------------------------------
+# --- the rows without a table
+# --------------------------------------------------------------------------------------------------------
 
 
 def _reverse_constants(path, variance, grid):
-    """kappa of z = dW/sqrt(h) and of the normalised H for every step in t, and the exact law's remainder, for eta = 1, one direction.
+    """kappa of z = dW/sqrt(h) and of the normalised H for every step in t, and the exact law's remainder, for eta = 1, one
+    direction.
 
-    Phi(T, u) = (alpha_u/alpha_T) S_T/S_u on Gaussian data; quadrature in t, independent of the engine's (which works in lambda).
+    Phi(T, u) = (alpha_u/alpha_T) S_T/S_u on Gaussian data; quadrature in t, independent of the engine's (which works in
+    lambda).
     """
     nodes, weights = np.polynomial.legendre.leggauss(20)
     spread = lambda t: (path.alpha(t) ** 2 * variance + path.sigma(t) ** 2).numpy()  # noqa: E731
     end = grid[-1]
     first, second, total = [], [], 0.0
-    for a, b in zip(grid, grid[1:], strict=False):
+    for a, b in itertools.pairwise(grid):
         h = a - b
         u = 0.5 * (a + b) - 0.5 * h * nodes  # tau = a - u runs from 0 to h
         w = 0.5 * h * weights
@@ -168,7 +179,9 @@ def _reverse_constants(path, variance, grid):
 
 @pytest.mark.parametrize("name", [n for n, e in SOLVERS.items() if isinstance(e.solver, TorchSDE) and not e.solver.adaptive])
 def test_orders_of_torchsde_by_probing(name):
-    """torchsde's methods have no table, but they are affine: probing reads off their exact map, hence weak and strong errors."""
+    """torchsde's methods have no table, but they are affine: probing reads off their exact map, hence weak and strong
+    errors.
+    """
     solver = SOLVERS[name].solver
     two = solver.method == "srk"
     path, mean, variance = VP(), 0.7, 0.3
@@ -188,7 +201,8 @@ def test_orders_of_torchsde_by_probing(name):
         phi = (s.alpha / t.alpha) * end / start
         missed = (noise[0::2] - first, noise[1::2] - second) if two else (noise - first, -second)
         strong.append(math.sqrt((gain - phi) ** 2 * start + sum(np.sum(m**2) for m in missed) + rest + bias**2))
-    # srk's random local error of order two is f'' g^2 times an integral of W^2: nothing on Gaussian data, where f is affine (see the next test)
+    # srk's random local error of order two is f'' g^2 times an integral of W^2: nothing on Gaussian data, where f is affine
+    # (see the next test)
     for kind, errors, bonus in (("weak", weak, 0.0), ("strong", strong, 0.5 if two else 0.0)):
         measured = math.log2(errors[-2] / errors[-1])
         assert abs(measured - getattr(solver, kind) - bonus) <= TOLERANCE, (kind, measured, errors)
@@ -259,10 +273,14 @@ def test_adaptive_solvers_keep_their_tolerance(name, path):
 
 
 def test_adaptive_sde_keeps_the_law():
-    """torchsde's step control on the reverse SDE: mean and variance within five standard errors of the exact marginal plus its tolerance."""
+    """torchsde's step control on the reverse SDE: mean and variance within five standard errors of the exact marginal plus
+    its tolerance.
+    """
     path, n = VP(), 4000
     score = Gaussian(path, torch.zeros(1, dtype=torch.float64), var=0.3)
-    out = sample(score, (n, 1), solver=TorchSDE("srk", adaptive=True, rtol=1e-2, atol=1e-2), eta=1.0, steps=10, start=0.6, stop=0.1)
+    out = sample(
+        score, (n, 1), solver=TorchSDE("srk", adaptive=True, rtol=1e-2, atol=1e-2), eta=1.0, steps=10, start=0.6, stop=0.1
+    )
     k = path.knot(0.1)
     variance = k.alpha**2 * 0.3 + k.sigma**2
     assert abs(float(out.x.mean())) < 5 * math.sqrt(variance / n) + 1e-2
@@ -271,7 +289,8 @@ def test_adaptive_sde_keeps_the_law():
 
 @pytest.mark.parametrize(("name", "relative"), [("annealed_langevin", 0.2 / 4), ("pc_ddpm_sigma", 0.16**2)])
 def test_langevin_floor(name, relative):
-    """With many levels a Langevin sampler settles where its fixed relative step leaves it: variance S + relative sigma^2 to leading order.
+    """With many levels a Langevin sampler settles where its fixed relative step leaves it: variance S + relative sigma^2 to
+    leading order.
 
     The stationary variance of v -> (1 - c/S)^2 v + 2c is S/(1 - c/(2S)) = S + c/2 + ..., c = size/2 sigma^2 or snr^2 2 sigma^2.
     """
@@ -292,7 +311,10 @@ def test_langevin_solvers_converge_at_order_one_above_their_floor():
 
     path = VP()
     score = gaussian(path)
-    errors = [exact_law(trace("annealed_langevin", path, warped_grid(path, n, -1.0, 3.0)), score).w2(path.time(3.0)) for n in (80, 160, 320)]
+    errors = [
+        exact_law(trace("annealed_langevin", path, warped_grid(path, n, -1.0, 3.0)), score).w2(path.time(3.0))
+        for n in (80, 160, 320)
+    ]
     assert abs(math.log2(errors[-2] / errors[-1]) - 1.0) <= TOLERANCE
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sde import EDM, VP
-from sde.errors import InputError
 
 from scores import Gaussian
+from sde import EDM, VP
+from sde.errors import InputError
 from solvers import SOLVERS, Plan, trace
 from solvers.convergence import warped_grid
 from solvers.plan import Call, Lin

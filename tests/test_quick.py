@@ -242,6 +242,7 @@ def page_of(name: str) -> str:
 
 def test_a_budget_below_one_step_is_a_row_that_says_so(tmp_path: Path) -> None:
     config = replace(SMALL, nfe=(1, 8), solvers=("edm_rk4", "ddim"), problems=("mixture",), out=tmp_path)
+    (tmp_path / "samples.png").write_bytes(b"of an earlier run with digits")
     assert quick.run(config) == 0
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     first = rows[0]
