@@ -178,7 +178,7 @@ def measure(config: Quick, name: str, problem: Problem) -> Iterator[Outcome]:
     facts = {"device": device_name(device), "versions": versions()}
     for solver in config.solvers:
         entry = SOLVERS[solver]
-        on_flow = entry.eta == 0.0 and (not entry.solver.stochastic or entry.solver.takes_eta)
+        on_flow = entry.deterministic
         grid = config.grid or SAMPLERS.get(solver, "log_snr")
         before: Row | None = None
         for budget in config.nfe:

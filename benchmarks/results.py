@@ -90,7 +90,8 @@ def last_slope(rows: Sequence[Row]) -> float | None:
 
 def milestones(budgets: Sequence[int]) -> list[int]:
     """The budgets that the summary speaks of."""
-    return [b for b in budgets if b in (8, 16, 32)] or list(budgets[-3:])
+    usual = [b for b in budgets if b in (8, 16, 32)]
+    return usual if len(usual) > 1 else list(budgets[-3:])
 
 
 def winner(outcome: Outcome, budget: int) -> str:

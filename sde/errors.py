@@ -25,9 +25,7 @@ class NetworkError(ToolkitError, RuntimeError):
     ``step`` is the solver step (from 0), ``t`` the time and ``samples`` the indices of the offending rows, when known.
     """
 
-    def __init__(
-        self, message: str, *, step: int | None = None, t: float | None = None, samples: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, message: str, *, step: int | None = None, t: float | None = None, samples: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.step, self.t, self.samples = step, t, samples
 

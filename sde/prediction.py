@@ -105,7 +105,7 @@ class Tally:
     ``nfe`` counts calls on the batch, ``net_evals`` counts batches' worth of samples through the network (guidance doubles it).
     """
 
-    __slots__ = ("nfe", "net_evals")
+    __slots__ = ("net_evals", "nfe")
 
     def __init__(self) -> None:
         self.nfe = 0
@@ -113,7 +113,9 @@ class Tally:
 
 
 class Predictor(ABC):
-    """What solvers need of a score. ``scores.Score`` wraps a network; the exact scores of ``scores.analytic`` are the others."""
+    """What solvers need of a score. ``scores.Score`` wraps a network; the exact scores of ``scores.analytic`` are the
+    others.
+    """
 
     path: Path
 

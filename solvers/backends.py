@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sde.errors import InputError, NetworkError, StepLimitError
+from sde.errors import InputError, NetworkError, PathError, StepLimitError
 from sde.prediction import Knot
 
 from .base import Evaluator, non_finite
@@ -280,7 +280,12 @@ class _Reverse:
                 partial=state,
             )
         eta = self.evaluator.eta(k)
-        extra = 0.0 if eta == 0.0 else 0.5 * eta * eta * k.g2 / k.sigma
+        extra = 0.0 if eta == 0.0 else 0.5 * eta * eta * k.g2 / k.sigma if k.sigma > 0.0 else math.inf
+        if not math.isfinite(k.dsigma + extra):
+            raise PathError(
+                f"the drift is infinite at t = {k.t:g} (sigma' = {k.dsigma:g}, g^2 = {k.g2:g}, eta = {eta:g}): "
+                "start elsewhere, or use 'ddpm', whose step is finite there"
+            )
         with self.cast():
             prediction = self.evaluator.predict(y.reshape(self.shape), k)
         drift = prediction.combine(k.dalpha, k.dsigma + extra)

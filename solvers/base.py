@@ -28,17 +28,14 @@ class Step(NamedTuple):
     carry: Any = None
 
 
-@runtime_checkable
-class Solver(Protocol):
-    """A rule for one step s -> t. Frozen and pure: arguments in, ``Step`` out, nothing kept on ``self``.
+class Declared(Protocol):
+    """What every solver says of itself.
 
     ``order`` is the order of the end point's error for eta = 0, ``weak`` that of its law and ``strong`` that of its path for
-    eta > 0
-    (None where it does not apply). Declared numbers count the starting and the last step; the tests measure every one of them.
-    ``stages`` is the number of network calls of a full step; ``stochastic`` says that it may draw normals, ``takes_eta``
-    that it solves the
-    reverse SDE of any noise level eta >= 0 (else only the probability flow, eta = 0), ``linear`` that a step is a linear
-    combination with coefficients known beforehand, so that it can be traced.
+    eta > 0 (None where it does not apply). Declared numbers count the starting and the last step; the tests measure every one.
+    ``stages`` is the number of network calls of a full step; ``stochastic`` says that it may draw normals, ``takes_eta`` that it
+    solves the reverse SDE of any noise level eta >= 0 (else only the probability flow, eta = 0), ``linear`` that a step is a
+    linear combination with coefficients known beforehand, so that it can be traced.
     """
 
     @property
@@ -56,26 +53,18 @@ class Solver(Protocol):
     @property
     def linear(self) -> bool: ...
 
+
+@runtime_checkable
+class Solver(Declared, Protocol):
+    """A rule for one step s -> t. Frozen and pure: arguments in, ``Step`` out, nothing kept on ``self``."""
+
     def step(self, problem: Problem, x: Form, s: Knot, t: Knot, carry: Any, noise: Noise) -> Step: ...
 
 
-class BackEnd(Protocol):
-    """A solver that chooses its own times between the grid's ends: another library's integrator. Not linear, no step of its own."""
+@runtime_checkable
+class BackEnd(Declared, Protocol):
+    """A solver that chooses its own times between the grid's ends: another library's integrator, without a table."""
 
-    @property
-    def order(self) -> float | None: ...
-    @property
-    def weak(self) -> float | None: ...
-    @property
-    def strong(self) -> float | None: ...
-    @property
-    def stages(self) -> int: ...
-    @property
-    def stochastic(self) -> bool: ...
-    @property
-    def takes_eta(self) -> bool: ...
-    @property
-    def linear(self) -> bool: ...
     @property
     def adaptive(self) -> bool: ...
 
@@ -251,7 +240,10 @@ def describe(bad: tuple[int, ...], batch: int) -> str:
 
 
 class FiniteCheck:
-    """Wraps an evaluator for the replay of a failed run: stops at the first network output or state that is not finite."""
+    """Wraps an evaluator for the replay of a failed run: stops at the first network output or state that is not finite.
+
+    ``steps`` is 0 for solvers that choose their own.
+    """
 
     def __init__(self, evaluator: Evaluator, solver: str, steps: int) -> None:
         self.evaluator, self.solver, self.steps = evaluator, solver, steps
@@ -265,31 +257,38 @@ class FiniteCheck:
 
     def predict(self, x: Tensor, knot: Knot) -> Prediction:
         y = self.evaluator.output(x, knot)
-        self.check(y, knot)
+        self.check(x, y, knot)
         return Affine(x, y, self.evaluator.score.row(knot), knot)
 
-    def check(self, y: Tensor, knot: Knot) -> None:
+    def check(self, x: Tensor, y: Tensor, knot: Knot) -> None:
+        """One network call: its input, a state or a stage of a step, then its output."""
         self.calls += 1
+        self._overflow(x, knot, self.step)
         bad = non_finite(y)
         if bad:
             kind = "NaN" if bool(y.isnan().any()) else "inf"
             raise NetworkError(
-                f"{self.solver}: non-finite network output ({kind}) at step {self.step + 1}/{self.steps}, t={knot.t:.6g} "
-                f"(sigma {knot.sigma:.4g}), call {self.calls}: {describe(bad, len(y))}; its input was finite: check the "
-                "network there",
+                f"{self.solver}: non-finite network output ({kind}) at {self._place(self.step)}t={knot.t:.6g} (sigma {knot.sigma:.4g}), "
+                f"call {self.calls}: {describe(bad, len(y))}; its input was finite: check the network there",
                 step=self.step,
                 t=knot.t,
                 samples=bad,
             )
 
     def after(self, i: int, x: Tensor, knot: Knot) -> None:
+        self._overflow(x, knot, i)
+        self.step = i + 1
+
+    def _overflow(self, x: Tensor, knot: Knot, step: int) -> None:
         bad = non_finite(x)
         if bad:
             raise NetworkError(
-                f"{self.solver}: the state overflowed at step {i + 1}/{self.steps}, t={knot.t:.6g}: {describe(bad, len(x))}; "
+                f"{self.solver}: the state overflowed at {self._place(step)}t={knot.t:.6g}: {describe(bad, len(x))}; "
                 "the network's outputs were finite, so the step is too large: use more steps or another grid",
-                step=i,
+                step=step,
                 t=knot.t,
                 samples=bad,
             )
-        self.step = i + 1
+
+    def _place(self, step: int) -> str:
+        return f"step {step + 1}/{self.steps}, " if self.steps else ""

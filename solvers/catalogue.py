@@ -28,6 +28,11 @@ class Entry:
     reference: str
     eta: float = 0.0
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether the name, run at its own eta, follows the probability flow."""
+        return self.eta == 0.0 if self.solver.takes_eta else not self.solver.stochastic
+
 
 _KARRAS = "Karras et al. 2022 (EDM)"
 _SONG = "Song et al. 2021 (score SDE)"
@@ -96,7 +101,7 @@ def resolve(solver: Any, eta: Any = None) -> tuple[str, Any, Any]:
         return solver, entry.solver, entry.eta if eta is None else eta
     if isinstance(solver, Entry):
         return type(solver.solver).__name__, solver.solver, solver.eta if eta is None else eta
-    if not isinstance(solver, type) and (isinstance(solver, Solver) or hasattr(solver, "solve")):
+    if not isinstance(solver, type) and isinstance(solver, (Solver, BackEnd)):
         return str(solver), solver, 0.0 if eta is None else eta
     raise InputError(f"solver={solver!r}: give a name of SOLVERS or a solver object such as Multistep(2, 'x0')")
 
@@ -110,8 +115,7 @@ def markdown_table() -> str:
 def _markdown_row(name: str, entry: Entry) -> str:
     solver = entry.solver
     adaptive = getattr(solver, "adaptive", False)
-    noisy = solver.stochastic and (entry.eta != 0.0 or not solver.takes_eta)
-    pairs = (("weak", solver.weak), ("strong", solver.strong)) if noisy else (("", solver.order),)
+    pairs = (("", solver.order),) if entry.deterministic else (("weak", solver.weak), ("strong", solver.strong))
     order = "by tolerance" if adaptive else ", ".join(f"{kind} {value:g}".strip() for kind, value in pairs if value is not None)
     calls = "adaptive" if adaptive else f"{solver.stages:g}"
     eta = f"{entry.eta:g}" if solver.takes_eta else "-"

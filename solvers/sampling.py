@@ -229,7 +229,9 @@ def _run(
     evaluator = Evaluator(score, state, conditions or {}, _eta_function(eta) if not isinstance(eta, tuple) else _no_eta)
     if len(x) == 0:
         return Solution(x.clone(), 0, 0, torch.tensor(times, dtype=torch.float64), time.perf_counter() - began, name)
-    recorder = _Recorder(grid, evaluator, callback, [(state if grad else state.detach()).clone()] if trajectory else None, progress)
+    recorder = _Recorder(
+        grid, evaluator, callback, [(state if grad else state.detach()).clone()] if trajectory else None, progress
+    )
     accepted = rejected = None
     with torch.set_grad_enabled(grad), _running(score), recorder:
         draw = _drawer(source, state)
@@ -323,7 +325,7 @@ def _explain(
 ) -> None:
     """The end is not finite: runs are deterministic, so a replay with checks finds the step, the time and the samples."""
     evaluator = Evaluator(score, x, conditions or {}, _eta_function(eta) if not isinstance(eta, tuple) else _no_eta)
-    check = FiniteCheck(evaluator, name, len(grid) - 1)
+    check = FiniteCheck(evaluator, name, 0 if getattr(solver, "adaptive", False) else len(grid) - 1)
     draw = _drawer(source, x)
     if plan is not None:
         calls = evaluator.prepare(plan.knots)
@@ -332,12 +334,13 @@ def _explain(
             k, state = next(gen)
             while True:
                 y = calls[k](state)
-                check.check(y, plan.knots[k])
+                check.check(state, y, plan.knots[k])
                 k, state = gen.send(y)
         except StopIteration:
             pass
     elif hasattr(solver, "solve"):
-        solver.solve(_CheckedEvaluator(evaluator, check), x, grid, draw)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        after = None if check.steps == 0 else lambda i, state: check.after(i, state, grid[i + 1])
+        solver.solve(_CheckedEvaluator(evaluator, check), x, grid, draw, after)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
     else:
         count = iter(range(1 << 62))
 

@@ -303,7 +303,19 @@ def test_the_command_line_prints_one_json_line(tmp_path):
     np.save(file, values)
     out = command(
         *("--eigenvalues", str(file), "--path", "vp", "--beta-min", "0.1", "--beta-max", "20"),
-        *("--solver", "euler_maruyama", "--grid", "uniform", "--points", "50", "--stop", "1e-3", "--start", "marginal", "--json"),
+        *(
+            "--solver",
+            "euler_maruyama",
+            "--grid",
+            "uniform",
+            "--points",
+            "50",
+            "--stop",
+            "1e-3",
+            "--start",
+            "marginal",
+            "--json",
+        ),
     )
     assert out.returncode == 0, out.stderr
     (line,) = out.stdout.strip().splitlines()
