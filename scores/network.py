@@ -83,6 +83,8 @@ class Score(Predictor):
         dtype: torch.dtype | None = None,
     ) -> None:
         self._signature = _signature(network)
+        self._accepted: set[tuple[str, ...]] = set()  # condition names that the signature takes
+        self._last: Any = None  # what ``_prepared`` made last: (knots, batch and dtype, its result)
         if not isinstance(path, Path):
             raise InputError(f"path is {_seen(path)}: give a sde.Path, for example VP()")
         if isinstance(predicts, str):
@@ -142,19 +144,30 @@ class Score(Predictor):
         """
         self._check_mode()
         make = self._maker(x, conditions, tally)
+        rows, factors, labels = self._prepared(knots, x)
+        return [
+            make(row, factor, k.t)
+            if math.isfinite(label)
+            else _raising(f"label({k.t:g}) = {label:g} is not finite: stop the grid before t={k.t:g}")
+            for k, row, factor, label in zip(knots, rows, factors, labels, strict=True)
+        ]
+
+    def _prepared(self, knots: Sequence[Knot], x: Tensor) -> tuple[Sequence[Tensor], Sequence[Any], Sequence[float]]:
+        """(labels for x's batch, input scalings, labels as numbers) at the knots. The last ones are kept: a plan asks again."""
+        key = (x.shape[0], x.dtype, x.device, torch.is_inference_mode_enabled())
+        last = self._last
+        if last is not None and last[0] is knots and last[1] == key:
+            return last[2]
         t = torch.tensor([k.t for k in knots], dtype=torch.float64)
         labels, scales = self._labels(t), self._scales(t)
-        usable = labels.isfinite().tolist() if labels.is_floating_point() else [True] * len(knots)
-        rows = _label_dtype(labels, x)[:, None].expand(-1, x.shape[0]).unbind(0)
         factors = [None] * len(knots) if scales is None else scales.tolist()
         if self.dtype is torch.float16:
             _check_half_range(knots, factors)
-        return [
-            make(rows[i], factors[i], k.t)
-            if usable[i]
-            else _raising(f"label({k.t:g}) = {float(labels[i]):g} is not finite: stop the grid before t={k.t:g}")
-            for i, k in enumerate(knots)
-        ]
+        rows = _label_dtype(labels, x)[:, None].expand(-1, x.shape[0]).unbind(0)
+        prepared = rows, factors, labels.tolist()
+        if isinstance(knots, tuple):  # a list may change under its name
+            self._last = knots, key, prepared
+        return prepared
 
     def raw(self, x: Tensor, t: Any, **conditions: Any) -> tuple[Tensor, Row]:
         """(y, (a, b)): the network's own output at (x, t) and its row, for training. Leaves the train mode alone, silently."""
@@ -348,10 +361,12 @@ class Score(Predictor):
         return y
 
     def _check_arguments(self, kwargs: Mapping[str, Any]) -> None:
-        if self._signature is None:
+        names = tuple(kwargs)
+        if self._signature is None or names in self._accepted:
             return
         try:
             self._signature.bind(None, None, **kwargs)
+            self._accepted.add(names)
         except TypeError as error:
             given = f"with conditions {', '.join(kwargs)}" if kwargs else "without conditions"
             raise InputError(f"the network{self._signature} cannot be called as network(x, label) {given}: {error}") from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -55,10 +54,7 @@ class TorchDiffEq:
     adaptive = True
 
     def __post_init__(self) -> None:
-        for name in ("rtol", "atol"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and 0.0 < value < math.inf):
-                raise InputError(f"{name}={value!r}: must be a number > 0")
+        _check_control(self)
         if self.method not in (
             "dopri5",
             "dopri8",
@@ -66,8 +62,6 @@ class TorchDiffEq:
             "adaptive_heun",
         ):  # fehlberg2's error runs to 200 times its tolerance here
             raise InputError(f"method={self.method!r}: use dopri5, dopri8, bosh3 or adaptive_heun")
-        if isinstance(self.max_nfe, bool) or not isinstance(self.max_nfe, int) or self.max_nfe < 1:
-            raise InputError(f"max_nfe={self.max_nfe!r}: must be an int >= 1")
 
     def solve(self, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Draw, after: After = None) -> Outcome:
         x = x.contiguous()  # its norm of the error rounds with the layout
@@ -99,9 +93,7 @@ class TorchDiffEq:
             raise
         except (AssertionError, _NotFinite) as error:  # torchdiffeq's "underflow in dt": a slope is not finite or too steep
             if non_finite(flow.slope):
-                return Outcome(
-                    torch.full_like(x, math.nan), flow.accepted, flow.rejected
-                )  # a replay finds the network's output
+                return Outcome(flow.slope - flow.slope, flow.accepted, flow.rejected)  # NaN where it is not: a replay says why
             raise StepLimitError(
                 f"{self.method}: the step size vanished at t = {flow.last:g} ({error}): the field is too steep there; "
                 f"raise the tolerances (rtol={self.rtol:g}) or stop earlier",
@@ -131,6 +123,8 @@ class _Flow:
                 rejected=self.rejected,
                 partial=self.state,
             )
+        if math.isnan(t):
+            raise _NotFinite(self.slope)
         at = min(max(float(t), self.low), self.high)  # one ulp outside is the end itself
         knot = self.ends.get(at) or self.evaluator.path.knot(at)
         self.slope = self.evaluator.predict(x, knot).combine(knot.dalpha, knot.dsigma).to(x.dtype)
@@ -144,7 +138,17 @@ class _Flow:
     def callback_reject_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
         self.rejected += 1
         if non_finite(self.slope):  # every stage feeds the last one: no smaller step will do
-            raise _NotFinite("not finite")
+            raise _NotFinite(self.slope)
+
+
+def _check_control(solver: TorchDiffEq | TorchSDE) -> None:
+    for name in ("rtol", "atol"):
+        value = getattr(solver, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
+            seen = type(value).__name__ if isinstance(value, torch.Tensor) else repr(value)
+            raise InputError(f"{name}={seen}: must be a number > 0")
+    if isinstance(solver.max_nfe, bool) or not isinstance(solver.max_nfe, int) or solver.max_nfe < 1:
+        raise InputError(f"max_nfe={solver.max_nfe!r}: must be an int >= 1")
 
 
 class _NotFinite(Exception):
@@ -189,8 +193,7 @@ class TorchSDE:
     def __post_init__(self) -> None:
         if self.method not in ("euler", "milstein", "srk"):
             raise InputError(f"method={self.method!r}: use euler, milstein or srk")
-        if not (0.0 < self.rtol < math.inf and 0.0 < self.atol < math.inf):
-            raise InputError(f"rtol={self.rtol!r}, atol={self.atol!r}: must be > 0")
+        _check_control(self)
 
     @property
     def stages(self) -> int:
@@ -230,12 +233,18 @@ class TorchSDE:
             field = _Reverse(evaluator, s, t, x.shape, self)
             clock = torch.tensor([0.0, span], dtype=torch.float64, device=x.device)
             dt = span / (len(grid) - 1) if self.adaptive else span
-            # torchsde advises on its own defaults, and its matrix products would round under autocast, which is for the network
-            with warnings.catch_warnings(), torch.autocast(x.device.type, enabled=False):
-                warnings.simplefilter("ignore")
-                y = torchsde.sdeint(
-                    field, y, clock, bm=bm, method=self.method, dt=dt, adaptive=self.adaptive, rtol=self.rtol, atol=self.atol
-                )[-1]
+            options = {"dt": dt, "adaptive": self.adaptive, "rtol": self.rtol, "atol": self.atol}
+            try:
+                with torch.autocast(
+                    x.device.type, enabled=False
+                ):  # its matrix products would round; autocast is for the network
+                    y = torchsde.sdeint(field, y, clock, bm=bm, method=self.method, **options)[-1]
+            except NetworkError as error:
+                error.step = i
+                raise
+            except _NotFinite as error:
+                (slope,) = error.args
+                return Outcome((slope - slope).reshape(x.shape), None, None)  # NaN where it is not: a replay says why
             if after is not None and not self.adaptive:
                 after(i, y.reshape(x.shape))
         out = y.reshape(x.shape)
@@ -290,6 +299,8 @@ class _Reverse:
             prediction = self.evaluator.predict(y.reshape(self.shape), k)
         drift = prediction.combine(k.dalpha, k.dsigma + extra)
         value = (self.direction * drift).reshape(y.shape)
+        if self.solver.adaptive and non_finite(value):  # no smaller step will do
+            raise _NotFinite(value)
         self._seen, self._value = (float(tau), y, version), value
         return value
 

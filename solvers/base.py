@@ -1,8 +1,8 @@
 """The only loop. A solver is a frozen dataclass with one pure ``step``; ``march`` applies it along a grid.
 
 ``march`` never looks inside the state: with tensors it integrates, with the symbolic forms of ``plan.py`` it traces the
-solver to
-its table of numbers. Scalars are Python floats made on the host; tensors only meet ``scalar * tensor + scalar * tensor``.
+solver to its table of numbers. Scalars are Python floats made on the host; tensors only meet ``scalar * tensor + scalar *
+tensor``.
 """
 
 from __future__ import annotations
@@ -210,9 +210,8 @@ class Solution:
     """What every solver returns.
 
     ``x`` is the state at ``times[-1]``; ``nfe`` counts calls of the network on the batch and ``net_evals`` batches through
-    it, both counted
-    where the network is called; ``times`` are the grid's; ``seconds`` is wall time. ``trajectory`` (steps + 1, B, ...) where
-    asked for; ``accepted`` and ``rejected`` count the steps of adaptive solvers.
+    it, both counted where the network is called; ``times`` are the grid's; ``seconds`` is wall time. ``trajectory`` (steps +
+    1, B, ...) where asked for; ``accepted`` and ``rejected`` count the steps of adaptive solvers.
     """
 
     x: Tensor

@@ -17,13 +17,14 @@ from .base import Form, Noise, Problem, Solver, Step
 
 @dataclass(frozen=True)
 class Langevin:
-    """``inner`` Langevin steps at one time: x <- x + e score(x) + sqrt(2 e) z. One network call each. Leaves p_t invariant
-    to O(e).
+    """``inner`` Langevin steps at one time: x <- x + e score(x) + sqrt(2 e) z. One network call each.
 
-    rule "snr"  : e = 2 (snr |z| / |score(x)|)^2 with the norms of each sample (Song et al. 2021, algorithms 4 and 5;
-    released code takes the mean
-                  over the batch, so that a sample depends on its batch mates). Not linear in x.
-    rule "sigma": e = 2 (snr sigma_t)^2, what the former tends to in high dimension. Linear.
+    Leaves p_t invariant to O(e).
+
+    rule "snr"   e = 2 (snr |z| / |score(x)|)^2 with the norms of each sample (Song et al. 2021, algorithm 4; algorithm 5 multiplies
+                 e by alpha_i = 1 - beta_i). Released code takes the mean over the batch, so that a sample depends on its batch
+                 mates. Not linear in x.
+    rule "sigma" e = 2 (snr sigma_t)^2, what the former tends to in high dimension. Linear.
     """
 
     snr: float = 0.16
@@ -52,7 +53,7 @@ class Langevin:
 
 def _norm(x: Tensor) -> Tensor:
     """The Euclidean norm of each sample, shaped (B, 1, ...), the same bits whatever the batch and its layout in memory."""
-    rows = [torch.linalg.vector_norm(row) for row in x.reshape(len(x), -1).unbind(0)]
+    rows = [torch.linalg.vector_norm(row.reshape(-1)) for row in x.unbind(0)]
     return torch.stack(rows).reshape(-1, *[1] * (x.dim() - 1))
 
 
@@ -98,9 +99,8 @@ class Churn:
     sigma/alpha).
 
     Where s_min <= rho_s <= s_max, noise is added up to rho_hat = rho_s (1 + gamma), gamma = min(s_churn / N, sqrt 2 - 1),
-    then the inner solver steps from
-    there. rho_hat is capped at the path's end, beyond which no network was trained. With s_noise = 1 the added noise is
-    exact, so the law keeps the inner solver's order; s_noise != 1 is a tuned bias.
+    then the inner solver steps from there. rho_hat is capped at the path's end, beyond which no network was trained. With
+    s_noise = 1 the added noise is exact, so the law keeps the inner solver's order; s_noise != 1 is a tuned bias.
     """
 
     inner: Solver

@@ -290,9 +290,8 @@ def _advance(
     """The exact solution over step j, with eta constant over the step.
 
     Y = x - alpha mu obeys dY = (f + (1 + eta^2) g^2 / (2 S)) Y dt + eta g dW, so Phi(t, u) = (alpha_t/alpha_u)^(-eta^2)
-    (S_t/S_u)^((1+eta^2)/2), and its
-    noise over the step has variance S_t - Phi^2 S_s. A normal z of the interval (a, b) carries the part kappa z of it,
-    kappa = int Phi(t, u) eta sqrt(2) sigma_u sqrt(c'(lambda) / (c_b - c_a)) d lambda.
+    (S_t/S_u)^((1+eta^2)/2), and its noise over the step has variance S_t - Phi^2 S_s. A normal z of the interval (a, b)
+    carries the part kappa z of it, kappa = int Phi(t, u) eta sqrt(2) sigma_u sqrt(c'(lambda) / (c_b - c_a)) d lambda.
     """
     s, t, eta = plan.grid[j], plan.grid[j + 1], plan.eta[j]
     path = gaussian.path

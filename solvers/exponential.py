@@ -6,9 +6,8 @@ With h = lambda_t - lambda_s, eta the noise level and r = 1 + eta^2, the reverse
     h}) z in eps:  x_t = (alpha_t/alpha_s) x_s - sigma_t r int_0^h e^{h-u} eps(u) du + sigma_t eta sqrt(e^{2h} - 1) z
 
 A method replaces x0(u) or eps(u) by a polynomial through the predictions at past knots; its weights are integrals of that
-polynomial.
-Limits are written out: sigma_t = 0 gives alpha_t x0, alpha_s = 0 leaves sigma_t/sigma_s x + alpha_t x0 (h is infinite; the
-polynomial is then a constant). eta is constant over a step, taken at its start.
+polynomial. Limits are written out: sigma_t = 0 gives alpha_t x0, alpha_s = 0 leaves sigma_t/sigma_s x + alpha_t x0 (h is
+infinite; the polynomial is then a constant). eta is constant over a step, taken at its start.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 path's t_min).
 
 rho = sigma / alpha and lambda = -log rho. A grid in lambda or rho cannot reach a time where they are infinite in one law:
-with sigma(stop) = 0
-it goes to t_min in n - 1 steps and to ``stop`` in the last (as released samplers that end at zero do); with alpha(start) = 0
-it starts at T - t_min instead unless told otherwise, and says so if an infinite start is asked for.
+with sigma(stop) = 0 it goes to t_min in n - 1 steps and to ``stop`` in the last (as released samplers that end at zero do);
+with alpha(start) = 0 it starts at T - t_min instead unless told otherwise, and says so if an infinite start is asked for.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sde.errors import InputError, nearest
+from sde.errors import InputError, ToolkitError, nearest
 from sde.path import Path
 
 Grid = Callable[..., Tensor]
@@ -75,6 +74,7 @@ AYS_TABLES = {
 
 def _ays(name: str) -> Grid:
     def grid(path: Path, n: int, start: float | None = None, stop: float | None = None) -> Tensor:
+        _check(path, n, start, stop)
         table = torch.tensor(AYS_TABLES[name], dtype=torch.float64).log()
         place = torch.linspace(0, len(table) - 1, n + 1, dtype=torch.float64)
         low = place.floor().clamp(max=len(table) - 2).long()
@@ -101,6 +101,19 @@ def _ays(name: str) -> Grid:
     return grid
 
 
+def _check(path: Path, n: int, start: float | None, stop: float | None) -> None:
+    """The arguments that all grids share."""
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise InputError(f"steps must be an int, got {n!r}")
+    if n < 1:
+        raise InputError(f"steps must be >= 1, got {n}")
+    for name, value in (("start", start), ("stop", stop)):
+        if value is not None and not 0.0 <= value <= path.T:
+            raise InputError(f"{name}={value:g} is outside the domain [0, {path.T:g}] of {path}")
+    if start is not None and stop is not None and not start > stop:
+        raise InputError(f"start={start:g} must be above stop={stop:g}: grids run from noise to data")
+
+
 def _pin(times: Tensor, start: float | None, stop: float | None) -> Tensor:
     if start is not None:
         times[0] = start
@@ -118,16 +131,10 @@ def _ends(
     infinite_ok: bool = False,
 ) -> Tensor:
     """n steps by ``law(start, stop, steps)``, both ends exact."""
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise InputError(f"steps must be an int, got {n!r}")
-    if n < 1:
-        raise InputError(f"steps must be >= 1, got {n}")
+    _check(path, n, start, stop)
     noisy_infinite = float(path.alpha(path.T)) == 0.0
     a = float(start) if start is not None else path.T - (0.0 if infinite_ok or not noisy_infinite else path.t_min * path.T)
     b = float(stop) if stop is not None else path.t_min
-    for name, value in (("start", a), ("stop", b)):
-        if not 0.0 <= value <= path.T:
-            raise InputError(f"{name}={value:g} is outside the domain [0, {path.T:g}] of {path}")
     if not a > b:
         raise InputError(f"start={a:g} must be above stop={b:g}: grids run from noise to data")
     if not infinite_ok and math.isinf(float(path.lam(a))):
@@ -168,7 +175,18 @@ def make_grid(grid: Any, path: Path, n: int, start: float | None = None, stop: f
             raise InputError(f"grid={grid!r} is unknown: {nearest(grid, GRIDS)}")
         return GRIDS[grid](path, n, start, stop)
     if callable(grid):
-        return torch.as_tensor(grid(path, n, start, stop), dtype=torch.float64)
+        try:
+            times = torch.as_tensor(grid(path, n, start, stop), dtype=torch.float64)
+        except ToolkitError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"grid(path, {n}, start, stop) raised {type(error).__name__}: {str(error)[:150]}; "
+                f"give a function of (path, n, start, stop) that returns {n + 1} decreasing times"
+            ) from error
+        if times.shape != (n + 1,) or not bool((times[1:] < times[:-1]).all() | times.isnan().any()):
+            raise InputError(f"grid(path, {n}, start, stop) gave shape {tuple(times.shape)}: return {n + 1} decreasing times")
+        return times
     raise InputError(
         f"grid={grid!r}: give a name of GRIDS or a function (path, n, start, stop) -> times; for explicit times use integrate"
     )

@@ -1,11 +1,9 @@
 """A sampler is a table of numbers: tracing a solver to its table, and running the table.
 
 ``trace`` hands a solver symbolic linear forms instead of tensors. What comes out is a ``Plan``: rows that either call the
-network at a
-known register and time, draw unit normals, or form a linear combination of registers. ``Plan.run`` lowers the rows for the
-row (a, b) that
-the network predicts and executes them in place; ``Plan.iterate`` yields one network call at a time for callers that own the
-network.
+network at a known register and time, draw unit normals, or form a linear combination of registers. ``Plan.run`` lowers the
+rows for the row (a, b) that the network predicts and executes them in place; ``Plan.iterate`` yields one network call at a
+time for callers that own the network.
 """
 
 from __future__ import annotations
@@ -182,8 +180,8 @@ class Plan:
     """A solver traced on a path and a grid.
 
     ``rows`` are executed in order; ``states[i]`` is the register that holds the state at ``times[i]`` (register 0 is the
-    caller's start);
-    ``knots`` are where the network is called. Run it on any score whose path has the same values at these knots.
+    caller's start); ``knots`` are where the network is called. Run it on any score whose path has the same values at these
+    knots.
     """
 
     solver: str
@@ -379,18 +377,19 @@ def lower(plan: Plan, score: Predictor, in_place: bool) -> Program:
                 f"(alpha, sigma) is ({knot.alpha:.6g}, {knot.sigma:.6g}) there and ({own.alpha:.6g}, {own.sigma:.6g}) here; "
                 "trace on score.path"
             )
-    rows, final = _fold(plan, score)
-    last = _last_uses(rows, plan.states)
-    return _assign(rows, last, plan.states, final, in_place)
+    rows, states = _fold(plan, score)
+    return _assign(rows, _last_uses(rows, states), states, states[-1], in_place)
 
 
-def _fold(plan: Plan, score: Predictor) -> tuple[list[PlanRow], int]:
-    """Rows in which ``Call.out`` is the raw output; targets folded or made by an extra Lin row."""
+def _fold(plan: Plan, score: Predictor) -> tuple[list[PlanRow], list[int]]:
+    """(rows in which ``Call.out`` is the raw output, registers of the states); targets folded or made by an extra Lin row."""
     last_use = {r: i for i, row in enumerate(plan.rows) for r in _reads(row)}
     calls = [i for i, row in enumerate(plan.rows) if isinstance(row, Call)]
     next_call = dict(zip(calls, [*calls[1:], len(plan.rows)], strict=True))
     substitute: dict[int, tuple[tuple[int, float], ...]] = {}
     rows: list[PlanRow] = []
+    # A state that is a prediction itself (x0 at sigma = 0) is read by no row, and its register will hold the raw output.
+    kept, moved = set(plan.states), dict[int, int]()
     fresh = max((row.out for row in plan.rows), default=0) + 1
     for i, row in enumerate(plan.rows):
         if isinstance(row, Call):
@@ -398,10 +397,11 @@ def _fold(plan: Plan, score: Predictor) -> tuple[list[PlanRow], int]:
             u, v = affine(score.row(knot), knot, *((1.0, 0.0) if row.target == "x0" else (0.0, 1.0)))
             rows.append(row)
             terms = ((row.state, u), (row.out, v)) if u != 0.0 else ((row.out, v),)
-            if last_use.get(row.out, i) < next_call[i]:
+            if last_use.get(row.out, i) < next_call[i] and row.out not in kept:
                 substitute[row.out] = terms
             else:  # kept past the next call, so it needs a buffer of ours: a network may reuse its own output
                 substitute[row.out] = ((fresh, 1.0),)
+                moved[row.out] = fresh
                 rows.append(Lin(fresh, terms))
                 fresh += 1
         elif isinstance(row, Lin):
@@ -412,7 +412,7 @@ def _fold(plan: Plan, score: Predictor) -> tuple[list[PlanRow], int]:
             rows.append(Lin(row.out, tuple((r, c) for r, c in total.items() if c != 0.0)))
         else:
             rows.append(row)
-    return rows, plan.states[-1]
+    return rows, [moved.get(register, register) for register in plan.states]
 
 
 def _reads(row: PlanRow) -> tuple[int, ...]:

@@ -4,8 +4,8 @@
     in rho  d(x/alpha)/d rho = eps,  rho = sigma / alpha        (the variable of Karras et al. 2022)
 
 Orders are those of the tableau. A stage at a time where the slope is infinite (sigma'(0) of VP, eps at sigma = 0 where no
-network defines it)
-cannot be evaluated: such a last step is an Euler step, as in EDM's sampler; its network calls are counted like all others.
+network defines it) cannot be evaluated: such a last step is an Euler step, as in EDM's sampler; its network calls are counted
+like all others.
 """
 
 from __future__ import annotations

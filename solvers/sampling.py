@@ -10,8 +10,8 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from sde.problem import ProbabilityFlow, ReverseSDE
 from .base import Evaluator, FiniteCheck, Solution, Solver, march, non_finite
 from .catalogue import resolve
 from .grids import make_grid
-from .plan import Plan, _eta_function, execute, trace_solver
+from .plan import Call, Plan, _eta_function, execute, trace_solver
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,10 @@ def trace(solver: Any, path: Path, times: Any, eta: Any = None) -> Plan:
     solver : a name of SOLVERS or a solver object;  eta : noise level, a number or a function of t (default: the name's own)
     """
     name, solver, eta = resolve(solver, eta)
+    if not isinstance(path, Path):
+        raise InputError(f"path is a {type(path).__name__}: give a sde.Path, for example VP()")
     times = _check_times(times, path)
-    _check_eta(solver, name, eta)
+    eta = _check_eta(solver, name, eta)
     return trace_solver(solver, path, times, eta, name)
 
 
@@ -91,7 +93,7 @@ def sample(
         raise InputError(f"give exactly one of nfe= and steps=, got nfe={nfe!r} and steps={steps!r}")
     if (shape is None) == (x is None):
         raise InputError("give exactly one of shape= and x=, the noise to start from")
-    _check_eta(solver, name, eta)
+    eta = _check_eta(solver, name, eta)
     solver, times = _plan_times(solver, name, path, nfe, steps, grid, start, stop, eta)
     source = _source(noise, seed, seeds)
     if x is None:
@@ -167,7 +169,7 @@ def integrate(
     else:
         _check_score(problem)
         score, (name, solver, eta) = problem, resolve(solver)
-    _check_eta(solver, name, eta)
+    eta = _check_eta(solver, name, eta)
     _check_state(x)
     return _run(
         solver, name, score, eta, x, _check_times(times, score.path), _source(noise, seed, seeds), traced=traced, **options
@@ -222,13 +224,17 @@ def _run(
     progress: bool = False,
 ) -> Solution:
     began = time.perf_counter()
+    if conditions is not None and not isinstance(conditions, Mapping):
+        raise InputError(f"conditions is a {type(conditions).__name__}: give a dict of keyword arguments of the network")
     if plan is None and traced and solver is not None and solver.linear:
         plan = trace_solver(solver, score.path, times, eta, name)
     grid = list(plan.grid) if plan is not None else score.path.knots(times, grid=True)
     state = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     evaluator = Evaluator(score, state, conditions or {}, _eta_function(eta) if not isinstance(eta, tuple) else _no_eta)
     if len(x) == 0:
-        return Solution(x.clone(), 0, 0, torch.tensor(times, dtype=torch.float64), time.perf_counter() - began, name)
+        states = x.detach().clone().expand(len(times), *x.shape) if trajectory else None
+        seconds = time.perf_counter() - began
+        return Solution(x.detach().clone(), 0, 0, torch.tensor(times, dtype=torch.float64), seconds, name, states)
     recorder = _Recorder(
         grid, evaluator, callback, [(state if grad else state.detach()).clone()] if trajectory else None, progress
     )
@@ -241,7 +247,7 @@ def _run(
         elif hasattr(solver, "solve"):
             out, accepted, rejected = _solve(solver, name, evaluator, state, grid, draw, after)
         else:
-            out = _march(solver, evaluator, state, grid, draw, after)  # pyright: ignore[reportArgumentType]
+            out = _march(solver, name, evaluator, state, grid, draw, after)  # pyright: ignore[reportArgumentType]
         if non_finite(out):
             _explain(solver, name, plan, score, state, conditions, eta, grid, source)
     states = None if recorder.states is None else torch.stack(recorder.states)
@@ -261,7 +267,7 @@ def _run(
 
 def _run_plan(plan: Plan, score: Predictor, evaluator: Evaluator, x: Tensor, draw: Any, after: Any, in_place: bool) -> Tensor:
     program = plan.program(score, in_place)
-    calls = evaluator.prepare(plan.knots)
+    calls = score.at(plan.knots, evaluator.x, evaluator.conditions, evaluator.tally)
     gen = execute(program, x, draw, after)
     try:
         k, state = next(gen)
@@ -270,18 +276,29 @@ def _run_plan(plan: Plan, score: Predictor, evaluator: Evaluator, x: Tensor, dra
     except StopIteration as stop:
         return stop.value
     except NetworkError as error:
-        _locate(error, plan.solver, plan.grid)
+        _locate(error, plan.solver, _step_of(plan, k), plan.steps)
         raise
 
 
-def _march(solver: Solver, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Any, after: Any) -> Tensor:
+def _step_of(plan: Plan, k: int) -> int:
+    """The step that makes the plan's network call at knot k."""
+    at = next(i for i, row in enumerate(plan.rows) if isinstance(row, Call) and row.knot == k)
+    done = {row.out for row in plan.rows[:at]}
+    return sum(register in done for register in plan.states[1:])
+
+
+def _march(solver: Solver, name: str, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Any, after: Any) -> Tensor:
     evaluator.prepare(grid)
     count = iter(range(1 << 62))
 
     def noise(s: Knot, t: Knot) -> Tensor:
         return draw(next(count), s, t, x)
 
+    step = 0
+
     def keep(i: int, state: Tensor) -> Tensor:
+        nonlocal step
+        step = i + 1
         if after is not None:
             after(i, state)
         return state
@@ -289,27 +306,24 @@ def _march(solver: Solver, evaluator: Evaluator, x: Tensor, grid: list[Knot], dr
     try:
         return march(solver, evaluator, x, grid, noise, keep)
     except NetworkError as error:
-        _locate(error, str(solver), tuple(grid))
+        _locate(error, name, step, len(grid) - 1)
         raise
 
 
 def _solve(solver: Any, name: str, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Any, after: Any) -> Any:
-    """A back end of a library, which has its own loop."""
+    """A back end of a library, which has its own loop and says in which step it was."""
     try:
         return solver.solve(evaluator, x, grid, draw, after)
     except NetworkError as error:
-        _locate(error, name, grid)
+        _locate(error, name, error.step or 0, 0 if solver.adaptive else len(grid) - 1)
         raise
 
 
-def _locate(error: NetworkError, name: str, grid: Sequence[Knot]) -> None:
-    """Add the step to a network error that knows its time."""
-    if error.t is None or error.step is not None:
-        return
-    low = [min(a.t, b.t) <= error.t <= max(a.t, b.t) for a, b in itertools.pairwise(grid)]
-    error.step = low.index(True) if True in low else None
-    if error.step is not None:
-        error.args = (f"{name}, step {error.step + 1}/{len(grid) - 1}: {error.args[0]}", *error.args[1:])
+def _locate(error: NetworkError, name: str, step: int, steps: int) -> None:
+    """Add the step to an error of the network, and keep it short whatever the network said; ``steps`` is 0 where they are not of the grid."""
+    text = str(error) if len(str(error)) <= 250 else f"{str(error)[:250]}..."
+    error.step = step
+    error.args = (f"{name}, step {step + 1}/{steps}: {text}" if steps else f"{name}: {text}",)
 
 
 def _explain(
@@ -340,7 +354,8 @@ def _explain(
             pass
     elif hasattr(solver, "solve"):
         after = None if check.steps == 0 else lambda i, state: check.after(i, state, grid[i + 1])
-        solver.solve(_CheckedEvaluator(evaluator, check), x, grid, draw, after)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        out = solver.solve(_CheckedEvaluator(evaluator, check), x, grid, draw, after).x  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        check.after(len(grid) - 2, out, grid[-1])
     else:
         count = iter(range(1 << 62))
 
@@ -384,6 +399,8 @@ class _Recorder:
     ) -> None:
         if callback is not None and not callable(callback):
             raise InputError(f"callback={callback!r}: give a function of one StepInfo")
+        if not isinstance(progress, bool):
+            raise InputError(f"progress={progress!r}: give True for a progress bar, or False")
         self.grid, self.evaluator, self.callback, self.states, self.progress = grid, evaluator, callback, states, progress
         self.active = callback is not None or states is not None or progress
         self.bar: Any = None
@@ -411,16 +428,15 @@ class _Recorder:
                 self.callback(info)
             except Exception as error:
                 raise CallbackError(
-                    f"callback raised {type(error).__name__} after step {i + 1}/{info.n}, t={k.t:g}: {error}", step=i, x=info.x
+                    f"callback raised {type(error).__name__} after step {i + 1}/{info.n}, t={k.t:g}: {str(error)[:200]}",
+                    step=i,
+                    x=info.x,
                 ) from error
 
 
-@contextmanager
-def _running(score: Predictor) -> Iterator[None]:
+def _running(score: Predictor) -> AbstractContextManager[Any]:
     """The score's own context for a run (train mode), where it has one."""
-    context: AbstractContextManager[Any] = score.running() if hasattr(score, "running") else nullcontext()  # pyright: ignore[reportAttributeAccessIssue]
-    with context:
-        yield
+    return score.running() if hasattr(score, "running") else nullcontext()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _drawer(source: Source, x: Tensor) -> Callable[[int, Knot, Knot, Tensor], Tensor]:
@@ -447,7 +463,7 @@ def _plan_times(
     if isinstance(grid, (Tensor, list, tuple)):
         raise InputError("grid holds times: for explicit times use integrate(solver, problem, x, times)")
     for label, value in (("start", start), ("stop", stop)):
-        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
             raise InputError(f"{label}={value!r}: must be a finite number in [0, {path.T:g}]")
 
     def times(n: int) -> tuple[float, ...]:
@@ -490,7 +506,26 @@ def _check_score(score: Any) -> None:
         raise InputError(f"score is a {kind}: wrap the network first, score = Score(network, path, predicts='eps')")
 
 
-def _check_eta(solver: Solver, name: str, eta: Any) -> None:
+@dataclass(frozen=True)
+class _CheckedEta:
+    """A caller's noise level as a function of t, checked where it is used."""
+
+    given: Callable[[float], Any]
+
+    def __call__(self, t: float) -> float:
+        try:
+            value = float(self.given(t))
+        except Exception as error:
+            raise InputError(
+                f"eta({t:g}) raised {type(error).__name__}: {str(error)[:150]}; give a function of t to a number >= 0"
+            ) from error
+        if not 0.0 <= value < math.inf:
+            raise InputError(f"eta({t:g}) = {value:g}: must be finite and >= 0")
+        return value
+
+
+def _check_eta(solver: Solver, name: str, eta: Any) -> Any:
+    """eta, a function checked at every call."""
     if not callable(eta) and not (isinstance(eta, (int, float)) and not isinstance(eta, bool) and 0.0 <= eta < math.inf):
         raise InputError(f"eta={eta!r}: must be a number >= 0, or a function of t")
     if not solver.takes_eta and (callable(eta) or eta != 0.0):
@@ -498,6 +533,7 @@ def _check_eta(solver: Solver, name: str, eta: Any) -> None:
             f"eta={eta!r}: that is a reverse SDE, but {name!r} does not take a noise level (eta = 0); "
             "use a solver that does, such as 'euler_maruyama' or 'dpmpp_2m_sde'"
         )
+    return _CheckedEta(eta) if callable(eta) and not isinstance(eta, _HashableEta) else eta
 
 
 def _check_times(times: Any, path: Path) -> tuple[float, ...]:

@@ -81,9 +81,8 @@ class AnnealedLangevin:
         x <- (alpha_t/alpha_s) x,   then ``inner`` times   x <- x + size/2 sigma_t^2 score(x) + sqrt(size) sigma_t z
 
     ``size`` is NCSN's epsilon / sigma_L^2 (0.2 there). At sigma_t = 0 the state becomes alpha_t x0 (NCSNv2's final
-    denoising). ``inner`` calls a
-    step. Weak order 1 in the number of levels, down to a floor: Langevin steps of fixed relative size leave the variance too
-    large by size/4 sigma_t^2.
+    denoising). ``inner`` calls a step. Weak order 1 in the number of levels, down to a floor: Langevin steps of fixed
+    relative size leave the variance too large by size/4 sigma_t^2.
     """
 
     inner: int = 5
