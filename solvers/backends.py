@@ -92,11 +92,12 @@ class TorchDiffEq:
             error.step, error.samples = flow.accepted, tuple(row + i for i in error.samples)
             raise
         except (AssertionError, _NotFinite) as error:  # torchdiffeq's "underflow in dt": a slope is not finite or too steep
-            if non_finite(flow.slope):
-                return Outcome(flow.slope - flow.slope, flow.accepted, flow.rejected)  # NaN where it is not: a replay says why
+            for seen in (flow.slope, flow.state):
+                if non_finite(seen):
+                    return Outcome(seen - seen, flow.accepted, flow.rejected)  # NaN where it is not: a replay says why
             raise StepLimitError(
-                f"{self.method}: the step size vanished at t = {flow.last:g} ({error}): the field is too steep there; "
-                f"raise the tolerances (rtol={self.rtol:g}) or stop earlier",
+                f"{self.method}: the step size vanished at t = {flow.last:g}: the field is too steep there; raise the "
+                f"tolerances (rtol={self.rtol:g}) or stop earlier",
                 t=flow.last,
                 rejected=flow.rejected,
                 partial=flow.state,
@@ -109,7 +110,7 @@ class _Flow:
 
     def __init__(self, evaluator: Evaluator, s: Knot, t: Knot, max_nfe: int, x: Tensor) -> None:
         self.evaluator, self.low, self.high, self.max_nfe = evaluator, min(s.t, t.t), max(s.t, t.t), max_nfe
-        self.ends, self.ends_at = {s.t: s, t.t: t}, t.t
+        self.ends = {s.t: s, t.t: t}
         self.accepted = self.rejected = 0
         self.first = evaluator.tally.nfe
         self.last, self.state, self.slope = s.t, x, x
@@ -130,10 +131,11 @@ class _Flow:
         self.slope = self.evaluator.predict(x, knot).combine(knot.dalpha, knot.dsigma).to(x.dtype)
         return self.slope
 
+    def callback_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
+        self.last, self.state = float(t0), y0
+
     def callback_accept_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
         self.accepted += 1
-        direction = 1.0 if self.ends_at == self.high else -1.0
-        self.last, self.state = float(t0) + direction * abs(float(dt)), y0
 
     def callback_reject_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
         self.rejected += 1

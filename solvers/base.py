@@ -267,8 +267,8 @@ class FiniteCheck:
         if bad:
             kind = "NaN" if bool(y.isnan().any()) else "inf"
             raise NetworkError(
-                f"{self.solver}: non-finite network output ({kind}) at {self._place(self.step)}t={knot.t:.6g} (sigma {knot.sigma:.4g}), "
-                f"call {self.calls}: {describe(bad, len(y))}; its input was finite: check the network there",
+                f"{self.solver}: non-finite network output ({kind}) at {self._place(self.step)}t={knot.t:.6g} "
+                f"(sigma {knot.sigma:.4g}), call {self.calls}: {describe(bad, len(y))}; its input was finite: check the network there",
                 step=self.step,
                 t=knot.t,
                 samples=bad,

@@ -52,9 +52,13 @@ class Langevin:
 
 
 def _norm(x: Tensor) -> Tensor:
-    """The Euclidean norm of each sample, shaped (B, 1, ...), the same bits whatever the batch and its layout in memory."""
-    rows = [torch.linalg.vector_norm(row.reshape(-1)) for row in x.unbind(0)]
-    return torch.stack(rows).reshape(-1, *[1] * (x.dim() - 1))
+    """The Euclidean norm of each sample, shaped (B, 1, ...): summed by halving, elementwise, so the bits ignore the batch."""
+    total = x.reshape(len(x), -1).square()
+    while total.shape[1] > 1:
+        half = total.shape[1] // 2
+        odd = total[:, 2 * half :]
+        total = torch.cat([total[:, :half] + total[:, half : 2 * half], odd], dim=1)
+    return total.sqrt().reshape(-1, *[1] * (x.dim() - 1))
 
 
 @dataclass(frozen=True)

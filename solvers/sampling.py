@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -320,7 +321,7 @@ def _solve(solver: Any, name: str, evaluator: Evaluator, x: Tensor, grid: list[K
 
 
 def _locate(error: NetworkError, name: str, step: int, steps: int) -> None:
-    """Add the step to an error of the network, and keep it short whatever the network said; ``steps`` is 0 where they are not of the grid."""
+    """Add the step to an error of the network, kept short whatever the network said; ``steps`` is 0 for those not of the grid."""
     text = str(error) if len(str(error)) <= 250 else f"{str(error)[:250]}..."
     error.step = step
     error.args = (f"{name}, step {step + 1}/{steps}: {text}" if steps else f"{name}: {text}",)
@@ -467,6 +468,8 @@ def _plan_times(
             raise InputError(f"{label}={value!r}: must be a finite number in [0, {path.T:g}]")
 
     def times(n: int) -> tuple[float, ...]:
+        if isinstance(grid, str):
+            return _named_times(grid, path, n, start, stop)
         return _check_times(make_grid(grid, path, n, start, stop), path)
 
     if steps is not None:
@@ -490,6 +493,12 @@ def _plan_times(
     while solver.linear and trace_solver(solver, path, times(n + 1), eta, name).nfe <= budget:
         n += 1
     return solver, times(n)
+
+
+@lru_cache(maxsize=256)
+def _named_times(grid: str, path: Path, n: int, start: float | None, stop: float | None) -> tuple[float, ...]:
+    """A grid of GRIDS, checked; sampling in a loop asks for the same one again and again."""
+    return _check_times(make_grid(grid, path, n, start, stop), path)
 
 
 def _count(label: str, value: Any) -> int:

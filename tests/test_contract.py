@@ -12,7 +12,7 @@ import random
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,7 @@ def spied(path: Path) -> tuple[Score, Spy]:
     return Score(spy, path, "x0"), spy
 
 
-@lru_cache(maxsize=None)
+@cache
 def home(name: str) -> Path:
     """VP, or, for methods that need small steps on it, a gentle VP on which one step will do."""
     try:
@@ -89,7 +89,7 @@ def home(name: str) -> Path:
     return VP()
 
 
-@lru_cache(maxsize=None)
+@cache
 def plain(path: Path) -> Score:
     return Score(elementwise, path, "x0")
 
@@ -98,7 +98,7 @@ def equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
-# --- counting --------------------------------------------------------------------------------------------------------------------
+# --- counting ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -111,13 +111,20 @@ def test_calls_are_counted_at_the_network_and_never_exceed_the_budget(name):
             with warnings.catch_warnings(record=True) as seen:
                 warnings.simplefilter("always")
                 out = sample(score, (2, 3), solver=name, nfe=budget, seed=1)
-        except StepLimitError as error:
+        except (StepLimitError, InputError) as error:
+            refused = error
+        else:
+            refused = None
+        if isinstance(refused, StepLimitError):
             assert name in ADAPTIVE
             assert spy.calls <= budget
-            assert error.t is not None and error.partial is not None
+            assert refused.t is not None
+            assert refused.partial is not None
             continue
-        except InputError as error:
-            assert budget < solver.stages and spy.calls == 0 and "nfe=" in str(error)
+        if refused is not None:
+            assert budget < solver.stages
+            assert spy.calls == 0
+            assert "nfe=" in str(refused)
             continue
         assert out.nfe == out.net_evals == spy.calls <= budget
         assert [w.category for w in seen] == ([BudgetWarning] if budget < solver.stages else []), (budget, seen)
@@ -153,7 +160,8 @@ def test_the_network_sees_the_times_of_the_table_in_order(name, grid):
         assert torch.isfinite(out).all()
         assert spy.times[0] == plan.times[0] or name in ("edm_sde", "annealed_langevin")
         solution = integrate(name, score, torch.ones(2, 3, dtype=torch.float64), times)
-        assert equal(solution.x, out) and equal(solution.times, times)
+        assert equal(solution.x, out)
+        assert equal(solution.times, times)
         inner = [k.t for k in plan.knots if k.index >= 0]
         assert set(inner) <= set(plan.times)
 
@@ -169,7 +177,7 @@ def test_solvers_without_a_table_see_the_times_of_the_grid(name):
     assert all(a >= b for a, b in zip(spy.times, spy.times[1:], strict=False))
 
 
-# --- grids ------------------------------------------------------------------------------------------------------------------------
+# --- grids ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("label", PATHS)
@@ -181,11 +189,9 @@ def test_grids_have_exact_ends_and_decrease_strictly(grid, label):
     for n in [*range(1, 65), 100, 333, 1000]:
         for start in starts if n in (1, 2, 10, 333) else starts[:1]:
             for stop in [None, path.t_min, 0.01 * path.T] if n in (1, 2, 10, 333) else [None]:
-                if grid.startswith("ays") and (start, stop) != (None, None):
-                    if (start if start is not None else path.T) == 0.0 or stop == 0.0:
-                        continue
                 times = GRIDS[grid](path, n, start, stop)
-                assert times.dtype == torch.float64 and times.shape == (n + 1,)
+                assert times.dtype == torch.float64
+                assert times.shape == (n + 1,)
                 assert bool((times[1:] < times[:-1]).all()), (n, start, stop, times)
                 if start is not None:
                     assert float(times[0]) == start
@@ -204,16 +210,22 @@ def test_both_ends_of_every_path_are_reached_or_refused(name, label):
     path = PATHS[label]
     score = Gaussian(path, torch.full((2,), 0.3, dtype=torch.float64), std=0.5)
     x = torch.ones(3, 2, dtype=torch.float64)
-    reached = 0
+    reached, refusals = 0, []
     for grid in ("uniform", "log_snr", "karras", "quadratic", "cosine"):
         for start, stop in ((path.T, None), (None, 0.0), (path.T, 0.0)):
             for n in (1, 6) if grid == "uniform" else (6,):
                 try:
-                    out = sample(score, x=x, solver=name, grid=grid, start=start, stop=stop, **({"nfe": 60} if name in ADAPTIVE else {"steps": n}))
+                    out = sample(
+                        score,
+                        x=x,
+                        solver=name,
+                        grid=grid,
+                        start=start,
+                        stop=stop,
+                        **({"nfe": 60} if name in ADAPTIVE else {"steps": n}),
+                    )
                 except InputError as error:  # PathError is one
-                    text = str(error)
-                    assert len(text) < 400
-                    assert any(word in text for word in ("start", "stop", "use ", "give ", "more steps")), text
+                    refusals.append(str(error))
                     continue
                 except StepLimitError:
                     assert name in ADAPTIVE
@@ -223,10 +235,13 @@ def test_both_ends_of_every_path_are_reached_or_refused(name, label):
                 assert start is None or float(out.times[0]) == start
                 assert stop is None or float(out.times[-1]) == stop
                 reached += 1
+    for text in refusals:
+        assert len(text) < 400
+        assert any(word in text for word in ("start", "stop", "use ", "give ", "more steps")), text
     assert reached or name == "ddpm_discrete" or label in ("linear", "cosine", "zero_snr")
 
 
-# --- samples are independent of their batch ------------------------------------------------------------------------------------------
+# --- samples are independent of their batch ---------------------------------------------------------------------------
 
 
 def run_rows(name: str, indices: list[int], shape: tuple[int, ...], dtype: torch.dtype, source: type = White) -> Tensor:
@@ -268,7 +283,8 @@ def test_adaptive_steps_of_a_sample_can_be_its_own(name):
     for i in (0, 3):
         alone = integrate(SOLVERS[name].solver, plain(home(name)), x[i : i + 1], [1.0, 1e-3])
         assert equal(alone.x, whole.x[i : i + 1])
-    assert whole.accepted is not None and whole.accepted > 0
+    assert whole.accepted is not None
+    assert whole.accepted > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
@@ -313,13 +329,14 @@ def test_threads_of_torch_do_not_change_bits(name):
         torch.set_num_threads(before)
 
 
-# --- purity ---------------------------------------------------------------------------------------------------------------------------
+# --- purity -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_same_seed_replays(name):
     a, b, other = (sample(plain(home(name)), (3, 4), solver=name, **budget(name, 12), seed=s) for s in (7, 7, 8))
-    assert equal(a.x, b.x) and a.nfe == b.nfe
+    assert equal(a.x, b.x)
+    assert a.nfe == b.nfe
     assert not torch.equal(a.x, other.x)
     if name in STOCHASTIC:  # the seed drives the steps too, not only the start
         x = torch.ones(3, 4)
@@ -339,11 +356,16 @@ def test_threads_share_a_plan_and_a_score(name):
         assert all(equal(run, alone) for run in runs[4 * seed : 4 * seed + 4])
 
 
-def test_threads_share_solvers_without_a_table():
-    for name in [n for n in ALL if n not in LINEAR]:
-        with ThreadPoolExecutor(4) as pool:
-            runs = list(pool.map(lambda seed: sample(plain(home(name)), (2, 3), solver=name, **budget(name, 12), seed=seed).x, [1, 2] * 2))  # noqa: B023
-        assert all(equal(run, runs[i % 2]) for i, run in enumerate(runs))
+@pytest.mark.parametrize("name", [n for n in ALL if n not in LINEAR])
+def test_threads_share_solvers_without_a_table(name):
+    def run(seed: int) -> Tensor:
+        return sample(plain(home(name)), (2, 3), solver=name, **budget(name, 12), seed=seed).x
+
+    filters = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        runs = list(pool.map(run, [1, 2] * 3))
+    assert all(equal(out, runs[i % 2]) for i, out in enumerate(runs))
+    assert list(warnings.filters) == filters
 
 
 class Module(torch.nn.Module):
@@ -359,7 +381,7 @@ class Module(torch.nn.Module):
 
 
 def surroundings(network: torch.nn.Module) -> tuple[Any, ...]:
-    numpy_state = np.random.get_state()  # noqa: NPY002
+    numpy_state = np.random.get_state()
     return (
         torch.get_rng_state().tolist(),
         (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]),  # pyright: ignore[reportArgumentType]
@@ -397,7 +419,8 @@ def test_runs_leave_no_traces(name):
     if name in DETERMINISTIC:
         encode(score, x, solver=name, **budget(name, 20))
     assert surroundings(network) == before
-    assert equal(x, kept[0]) and equal(times, kept[1])
+    assert equal(x, kept[0])
+    assert equal(times, kept[1])
     assert (x._version, times._version) == kept[2:]
 
 
@@ -414,7 +437,7 @@ def test_a_failed_run_leaves_no_traces_either(name):
     assert surroundings(network) == before
 
 
-# --- dtypes ------------------------------------------------------------------------------------------------------------------------------
+# --- dtypes -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -460,7 +483,7 @@ def test_global_modes_of_torch_do_not_matter(name):
         assert equal(run(), expected)
 
 
-# --- the table ----------------------------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("label", ["vp", "edm", "linear"])
@@ -494,17 +517,23 @@ def test_the_table_equals_the_march_and_survives_json(name):
         assert ((table.trajectory - march.trajectory).abs() / scale).max() <= 1e-12
         plan = trace(name, path, times)
         again = Plan.from_json(plan.to_json())
-        assert again == plan and json.loads(again.to_json()) == json.loads(plan.to_json())
+        assert again == plan
+        assert json.loads(again.to_json()) == json.loads(plan.to_json())
         assert equal(plan.run(score, x, seed=6), table.x)
         assert equal(again.run(score, x, seed=6), table.x)
-        draws = White(6).open(x.shape, x.dtype, x.device)
-        steps = plan.iterate(score, x, lambda k, s, t, like: draws.normal(k, s, t))
-        try:
-            state, knot = next(steps)
-            while True:
-                state, knot = steps.send(elementwise(state, torch.tensor(knot.t)))
-        except StopIteration as stop:
-            assert equal(stop.value, table.x)
+        assert equal(by_hand(plan, score, x, White(6)), table.x)
+
+
+def by_hand(plan: Plan, score: Score, x: Tensor, source: White) -> Tensor:
+    """The plan step by step, for callers that own the network."""
+    draws = source.open(x.shape, x.dtype, x.device)
+    steps = plan.iterate(score, x, lambda k, s, t, like: draws.normal(k, s, t))
+    try:
+        state, knot = next(steps)
+        while True:
+            state, knot = steps.send(elementwise(state, torch.tensor(knot.t)))
+    except StopIteration as stop:
+        return stop.value
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -516,7 +545,9 @@ def test_a_network_may_reuse_its_output_buffer(name):
         return buffer
 
     for predicts in ("x0", "eps", "v"):
-        a, b = (sample(Score(net, home(name), predicts), (4, 3), solver=name, nfe=12, seed=1).x for net in (reusing, elementwise))
+        a, b = (
+            sample(Score(net, home(name), predicts), (4, 3), solver=name, nfe=12, seed=1).x for net in (reusing, elementwise)
+        )
         assert equal(a, b)
 
 
@@ -532,16 +563,19 @@ def test_trajectories_and_callbacks_do_not_change_the_result(name):
 
     expected = sample(plain(home(name)), (3, 2), solver=name, steps=5, seed=1)
     out = sample(plain(home(name)), (3, 2), solver=name, steps=5, seed=1, trajectory=True, callback=callback)
-    assert equal(out.x, expected.x) and equal(out.trajectory[-1], expected.x)
+    assert equal(out.x, expected.x)
+    assert equal(out.trajectory[-1], expected.x)
     assert out.trajectory.shape == (6, 3, 2)
-    assert [i.i for i in seen] == [0, 1, 2, 3, 4] and {i.n for i in seen} == {5}
+    assert [i.i for i in seen] == [0, 1, 2, 3, 4]
+    assert {i.n for i in seen} == {5}
     assert [i.t for i in seen] == out.times[1:].tolist()
-    assert [i.nfe for i in seen] == sorted(i.nfe for i in seen) and seen[-1].nfe == out.nfe
+    assert [i.nfe for i in seen] == sorted(i.nfe for i in seen)
+    assert seen[-1].nfe == out.nfe
     start = sample(plain(home(name)), x=out.trajectory[0].clone(), solver=name, steps=5, seed=1)
     assert equal(start.x, expected.x)
 
 
-# --- gradients ------------------------------------------------------------------------------------------------------------------------------
+# --- gradients --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FIXED)
@@ -567,13 +601,15 @@ def test_gradients_flow_to_parameters_only_when_asked(name):
     out = integrate(name, score, x, [0.9, 0.5, 0.05], grad=True)
     out.x.sum().backward()
     for tensor in (x, network.scale):
-        assert tensor.grad is not None and tensor.grad.isfinite().all() and tensor.grad.abs().sum() > 0
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()
+        assert tensor.grad.abs().sum() > 0
     with torch.no_grad():
         out = integrate(name, score, x.detach(), [0.9, 0.5, 0.05], grad=True)
     assert out.x.requires_grad
 
 
-# --- encode ------------------------------------------------------------------------------------------------------------------------------------
+# --- encode -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -587,7 +623,8 @@ def test_encode_inverts_sample_or_refuses(name):
             encode(gaussian, data, solver=name, **budget)
         return
     latent = encode(gaussian, data, solver=name, **budget)
-    assert latent.times[0] == path.t_min and latent.times[-1] == path.T
+    assert latent.times[0] == path.t_min
+    assert latent.times[-1] == path.T
     back = sample(gaussian, x=latent.x, solver=name, **budget)
     error = float((back.x - data).abs().max())
     order = SOLVERS[name].solver.order or 2.0
@@ -595,7 +632,7 @@ def test_encode_inverts_sample_or_refuses(name):
     assert error < (1e-5 if name == "edm_rk4" else {1.0: 0.2, 2.0: 0.02, 3.0: 0.02, 4.0: 1e-3}[order] if in_rho else 0.3), error
 
 
-# --- memory --------------------------------------------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 class Live(TorchDispatchMode):
@@ -617,7 +654,9 @@ class Live(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("name", "most"), [("ddim", 2), ("ddpm", 3), ("dpmpp_2m", 4), ("edm_heun", 4), ("unipc_3", 7), ("rk4", 8)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("ddim", 2), ("ddpm", 3), ("dpmpp_2m", 4), ("edm_heun", 4), ("unipc_3", 7), ("rk4", 8)]
+)
 def test_live_buffers_of_the_size_of_the_state(name, most):
     x = torch.zeros(4, 3, 160, 160)
     size = x.numel() * 4
@@ -635,7 +674,31 @@ def test_live_buffers_of_the_size_of_the_state(name, most):
     assert peaks[0] == peaks[1] <= most, peaks
 
 
-# --- the law ---------------------------------------------------------------------------------------------------------------------------------------
+class Syncs(TorchDispatchMode):
+    """Counts the reads of a tensor's value by the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [n for n in FIXED if not hasattr(SOLVERS[n].solver, "solve")])
+def test_the_loop_does_not_wait_for_the_device(name):
+    counts = []
+    for steps in (3, 12):
+        x, times = torch.ones(2, 3), GRIDS["uniform"](home(name), steps).tolist()
+        integrate(name, plain(home(name)), x, times)  # traced and lowered before
+        with Syncs() as watch:
+            integrate(name, plain(home(name)), x, times)
+        counts.append(watch.count)
+    assert counts[0] == counts[1]
+
+
+# --- the law ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [n for n in STOCHASTIC if n in LINEAR])
@@ -651,7 +714,7 @@ def test_sampled_law_is_the_exact_law(name):
         out = plan.run(gaussian, x, noise=source)
         z_mean = float((out.mean() - law.mean) / (law.variance / n).sqrt())
         z_var = float((out.var() / law.variance - 1.0) / math.sqrt(2.0 / (n - 1)))
-        assert abs(z_mean) < 5 and abs(z_var) < 5, (source, z_mean, z_var)
+        assert max(abs(z_mean), abs(z_var)) < 5, (source, z_mean, z_var)
 
 
 def test_reverse_sde_and_flow_problems_choose_the_noise_level():
@@ -665,7 +728,8 @@ def test_torchsde_takes_the_steps_and_the_noise_of_our_own_euler_maruyama():
     x = White(1).initial((4, 3), torch.float64)
     for noise in (White(2), Brownian(2)):
         ours, theirs = (
-            sample(plain(VP()), x=x, solver=name, steps=9, noise=noise, trajectory=True) for name in ("euler_maruyama", "torchsde_euler")
+            sample(plain(VP()), x=x, solver=name, steps=9, noise=noise, trajectory=True)
+            for name in ("euler_maruyama", "torchsde_euler")
         )
         assert torch.allclose(ours.trajectory, theirs.trajectory, rtol=1e-12, atol=1e-12)
         assert equal(ours.times, theirs.times)
