@@ -124,9 +124,9 @@ class _Flow:
                 rejected=self.rejected,
                 partial=self.state,
             )
-        if math.isnan(t):
+        if math.isnan(t.detach()):
             raise _NotFinite(self.slope)
-        at = min(max(float(t), self.low), self.high)  # one ulp outside is the end itself
+        at = min(max(float(t.detach()), self.low), self.high)  # one ulp outside is the end itself
         knot = self.ends.get(at) or self.evaluator.path.knot(at)
         self.slope = self.evaluator.predict(x, knot).combine(knot.dalpha, knot.dsigma).to(x.dtype)
         return self.slope

@@ -33,7 +33,8 @@ class Declared(Protocol):
 
     ``order`` is the order of the end point's error for eta = 0, ``weak`` that of its law and ``strong`` that of its path for
     eta > 0 (None where it does not apply). Declared numbers count the starting and the last step; the tests measure every one.
-    ``stages`` is the number of network calls of a full step; ``stochastic`` says that it may draw normals, ``takes_eta`` that it
+    ``stages`` is the number of network calls of a full step; ``stochastic`` says that it may draw normals, ``takes_eta``
+    that it
     solves the reverse SDE of any noise level eta >= 0 (else only the probability flow, eta = 0), ``linear`` that a step is a
     linear combination with coefficients known beforehand, so that it can be traced.
     """
@@ -268,7 +269,8 @@ class FiniteCheck:
             kind = "NaN" if bool(y.isnan().any()) else "inf"
             raise NetworkError(
                 f"{self.solver}: non-finite network output ({kind}) at {self._place(self.step)}t={knot.t:.6g} "
-                f"(sigma {knot.sigma:.4g}), call {self.calls}: {describe(bad, len(y))}; its input was finite: check the network there",
+                f"(sigma {knot.sigma:.4g}), call {self.calls}: {describe(bad, len(y))}; its input was finite: check the "
+                "network there",
                 step=self.step,
                 t=knot.t,
                 samples=bad,

@@ -21,9 +21,9 @@ class Langevin:
 
     Leaves p_t invariant to O(e).
 
-    rule "snr"   e = 2 (snr |z| / |score(x)|)^2 with the norms of each sample (Song et al. 2021, algorithm 4; algorithm 5 multiplies
-                 e by alpha_i = 1 - beta_i). Released code takes the mean over the batch, so that a sample depends on its batch
-                 mates. Not linear in x.
+    rule "snr"   e = 2 (snr |z| / |score(x)|)^2 with the norms of each sample (Song et al. 2021, algorithm 4; algorithm 5
+                 multiplies e by alpha_i = 1 - beta_i). Released code takes the mean over the batch, so that a sample depends
+                 on its batch mates. Not linear in x.
     rule "sigma" e = 2 (snr sigma_t)^2, what the former tends to in high dimension. Linear.
     """
 

@@ -321,7 +321,7 @@ def _solve(solver: Any, name: str, evaluator: Evaluator, x: Tensor, grid: list[K
 
 
 def _locate(error: NetworkError, name: str, step: int, steps: int) -> None:
-    """Add the step to an error of the network, kept short whatever the network said; ``steps`` is 0 for those not of the grid."""
+    """Add the step to an error of the network, kept short whatever it said; ``steps`` is 0 for those not of the grid."""
     text = str(error) if len(str(error)) <= 250 else f"{str(error)[:250]}..."
     error.step = step
     error.args = (f"{name}, step {step + 1}/{steps}: {text}" if steps else f"{name}: {text}",)
