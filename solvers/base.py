@@ -18,6 +18,7 @@ from sde.errors import NetworkError, PathError
 from sde.path import Path
 from sde.prediction import Knot, Prediction, Predictor, Row, Tally
 
+Call = Callable[[Tensor], Tensor]  # state -> raw network output
 Form = Any  # a tensor, or a symbolic linear form while tracing
 
 
@@ -239,26 +240,35 @@ def describe(bad: tuple[int, ...], batch: int) -> str:
     return f"{len(bad)} of {batch} samples (first: {bad[0]})"
 
 
-class FiniteCheck:
-    """Wraps an evaluator for the replay of a failed run: stops at the first network output or state that is not finite.
+class FiniteCheck(Predictor):
+    """The score of a failed run's replay: stops at the first network output or state that is not finite.
 
     ``steps`` is 0 for solvers that choose their own.
     """
 
-    def __init__(self, evaluator: Evaluator, solver: str, steps: int) -> None:
-        self.evaluator, self.solver, self.steps = evaluator, solver, steps
-        self.path, self.step, self.calls = evaluator.path, 0, 0
+    def __init__(self, score: Predictor, solver: str, steps: int) -> None:
+        self.score, self.solver, self.steps = score, solver, steps
+        self.path, self.step, self.calls = score.path, 0, 0
 
-    def eta(self, knot: Knot) -> float:
-        return self.evaluator.eta(knot)
+    def row(self, knot: Knot) -> Row:
+        return self.score.row(knot)
 
-    def keep(self, x: Tensor) -> Tensor:
-        return x
+    def at(self, knots: Sequence[Knot], x: Tensor, conditions: Mapping[str, Any], tally: Tally) -> list[Call]:
+        def checked(call: Call, knot: Knot) -> Call:
+            def run(x: Tensor) -> Tensor:
+                y = call(x)
+                self.check(x, y, knot)
+                return y
 
-    def predict(self, x: Tensor, knot: Knot) -> Prediction:
-        y = self.evaluator.output(x, knot)
-        self.check(x, y, knot)
-        return Affine(x, y, self.evaluator.score.row(knot), knot)
+            return run
+
+        return [checked(call, k) for call, k in zip(self.score.at(knots, x, conditions, tally), knots, strict=True)]
+
+    def predict(self, x: Tensor, t: Any, **conditions: Any) -> Prediction:
+        return self.score.predict(x, t, **conditions)
+
+    def __call__(self, x: Tensor, t: Any, **conditions: Any) -> Tensor:
+        return self.score(x, t, **conditions)
 
     def check(self, x: Tensor, y: Tensor, knot: Knot) -> None:
         """One network call: its input, a state or a stage of a step, then its output."""

@@ -25,6 +25,7 @@ from sde.path import Path
 from sde.prediction import Knot, Predictor
 from sde.problem import ProbabilityFlow, ReverseSDE
 
+from .backends import Outcome
 from .base import Evaluator, FiniteCheck, Solution, Solver, march, non_finite
 from .catalogue import resolve
 from .grids import make_grid
@@ -239,18 +240,12 @@ def _run(
     recorder = _Recorder(
         grid, evaluator, callback, [(state if grad else state.detach()).clone()] if trajectory else None, progress
     )
-    accepted = rejected = None
     with torch.set_grad_enabled(grad), _running(score), recorder:
         draw = _drawer(source, state)
         after = recorder.after if recorder.active else None
-        if plan is not None:
-            out = _run_plan(plan, score, evaluator, state, draw, after, not grad)
-        elif hasattr(solver, "solve"):
-            out, accepted, rejected = _solve(solver, name, evaluator, state, grid, draw, after)
-        else:
-            out = _march(solver, name, evaluator, state, grid, draw, after)  # pyright: ignore[reportArgumentType]
+        out, accepted, rejected = _advance(solver, name, plan, evaluator, state, grid, draw, after, not grad)
         if non_finite(out):
-            _explain(solver, name, plan, score, state, conditions, eta, grid, source)
+            _explain(solver, name, plan, evaluator, state, grid, _drawer(source, state))
     states = None if recorder.states is None else torch.stack(recorder.states)
     seconds = time.perf_counter() - began
     return Solution(
@@ -266,10 +261,30 @@ def _run(
     )
 
 
-def _run_plan(plan: Plan, score: Predictor, evaluator: Evaluator, x: Tensor, draw: Any, after: Any, in_place: bool) -> Tensor:
-    program = plan.program(score, in_place)
-    calls = score.at(plan.knots, evaluator.x, evaluator.conditions, evaluator.tally)
+def _advance(
+    solver: Any,
+    name: str,
+    plan: Plan | None,
+    evaluator: Evaluator,
+    x: Tensor,
+    grid: list[Knot],
+    draw: Any,
+    after: Any,
+    in_place: bool,
+) -> Outcome:
+    """From the first knot to the last: by the table, by the library's own loop, or step by step."""
+    if plan is not None:
+        return Outcome(_run_plan(plan, evaluator, x, draw, after, in_place), None, None)
+    if hasattr(solver, "solve"):
+        return _solve(solver, name, evaluator, x, grid, draw, after)
+    return Outcome(_march(solver, name, evaluator, x, grid, draw, after), None, None)
+
+
+def _run_plan(plan: Plan, evaluator: Evaluator, x: Tensor, draw: Any, after: Any, in_place: bool) -> Tensor:
+    program = plan.program(evaluator.score, in_place)
+    calls = evaluator.score.at(plan.knots, evaluator.x, evaluator.conditions, evaluator.tally)
     gen = execute(program, x, draw, after)
+    k = 0
     try:
         k, state = next(gen)
         while True:
@@ -322,65 +337,27 @@ def _solve(solver: Any, name: str, evaluator: Evaluator, x: Tensor, grid: list[K
 
 def _locate(error: NetworkError, name: str, step: int, steps: int) -> None:
     """Add the step to an error of the network, kept short whatever it said; ``steps`` is 0 for those not of the grid."""
+    if str(error).startswith(name):  # a replay's check has said it all
+        return
     text = str(error) if len(str(error)) <= 250 else f"{str(error)[:250]}..."
     error.step = step
     error.args = (f"{name}, step {step + 1}/{steps}: {text}" if steps else f"{name}: {text}",)
 
 
-def _explain(
-    solver: Solver | None,
-    name: str,
-    plan: Plan | None,
-    score: Predictor,
-    x: Tensor,
-    conditions: Any,
-    eta: Any,
-    grid: list[Knot],
-    source: Source,
-) -> None:
+def _explain(solver: Any, name: str, plan: Plan | None, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Any) -> None:
     """The end is not finite: runs are deterministic, so a replay with checks finds the step, the time and the samples."""
-    evaluator = Evaluator(score, x, conditions or {}, _eta_function(eta) if not isinstance(eta, tuple) else _no_eta)
-    check = FiniteCheck(evaluator, name, 0 if getattr(solver, "adaptive", False) else len(grid) - 1)
-    draw = _drawer(source, x)
-    if plan is not None:
-        calls = evaluator.prepare(plan.knots)
-        gen = execute(plan.program(score), x, draw, lambda i, state: check.after(i, state, grid[i + 1]))
-        try:
-            k, state = next(gen)
-            while True:
-                y = calls[k](state)
-                check.check(state, y, plan.knots[k])
-                k, state = gen.send(y)
-        except StopIteration:
-            pass
-    elif hasattr(solver, "solve"):
-        after = None if check.steps == 0 else lambda i, state: check.after(i, state, grid[i + 1])
-        out = solver.solve(_CheckedEvaluator(evaluator, check), x, grid, draw, after).x  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-        check.after(len(grid) - 2, out, grid[-1])
-    else:
-        count = iter(range(1 << 62))
+    steps = 0 if getattr(solver, "adaptive", False) else len(grid) - 1
+    check = FiniteCheck(evaluator.score, name, steps)
+    replay = Evaluator(check, evaluator.x, evaluator.conditions, evaluator.eta_of)
 
-        def after(i: int, state: Tensor) -> Tensor:
-            check.after(i, state, grid[i + 1])
-            return state
+    def after(i: int, state: Tensor) -> None:
+        check.after(i, state, grid[i + 1])
 
-        march(solver, check, x, grid, lambda s, t: draw(next(count), s, t, x), after)  # pyright: ignore[reportArgumentType]
+    out = _advance(solver, name, plan, replay, x, grid, draw, after if steps else None, True).x
+    check.after(len(grid) - 2, out, grid[-1])
     raise NetworkError(
         f"{name}: the result is not finite, but a replay was: the network is not deterministic; check dropout and its buffers"
     )
-
-
-class _CheckedEvaluator:
-    """What a back end sees in a replay."""
-
-    def __init__(self, evaluator: Evaluator, check: FiniteCheck) -> None:
-        self.path, self.eta, self.tally, self.x, self.predict = (
-            evaluator.path,
-            evaluator.eta,
-            evaluator.tally,
-            evaluator.x,
-            check.predict,
-        )
 
 
 def _no_eta(knot: Knot) -> float:
