@@ -63,7 +63,10 @@ class BudgetWarning(ToolkitWarning):
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """', did you mean a or b?' for an unknown name, or the full list when nothing is near."""
+    """'did you mean a or b?' for an unknown name, or what there is when nothing is near."""
     names = sorted(known)
     close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(names)}"
+    if close:
+        return f"did you mean {' or '.join(map(repr, close))}?"
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return f"known: {', '.join(names[:12])}{more}"
