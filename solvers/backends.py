@@ -132,7 +132,7 @@ class _Flow:
         return self.slope
 
     def callback_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
-        self.last, self.state = float(t0), y0
+        self.last, self.state = float(t0.detach()), y0
 
     def callback_accept_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
         self.accepted += 1

@@ -166,8 +166,8 @@ def integrate(
             raise InputError(f"{type(problem).__name__} has no score: give one to integrate it")
         own = problem.eta if isinstance(problem, ReverseSDE) else 0.0
         score, (name, solver, eta) = problem.score, resolve(solver, own)
-        if isinstance(problem, ReverseSDE) and not isinstance(own, (int, float)):
-            eta = _HashableEta(problem)
+        if isinstance(problem, ReverseSDE) and (callable(own) or problem.given_diffusion is not None):
+            eta = _OwnEta(problem.path, own, problem.given_diffusion)
     else:
         _check_score(problem)
         score, (name, solver, eta) = problem, resolve(solver)
@@ -178,14 +178,16 @@ def integrate(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _HashableEta:
-    """A reverse SDE's own noise level as a function of t."""
+@dataclass(frozen=True)
+class _OwnEta:
+    """A reverse SDE's own noise level as a function of t. It is kept with the table, so it must not hold the network."""
 
-    problem: ReverseSDE
+    path: Path
+    eta: Any
+    diffusion: Any
 
     def __call__(self, t: float) -> float:
-        return self.problem.eta_at(self.problem.path.knot(t))
+        return ReverseSDE(self.path, None, self.eta, self.diffusion).eta_at(self.path.knot(t))
 
 
 def run_plan(
@@ -233,7 +235,7 @@ def _run(
     grid = list(plan.grid) if plan is not None else score.path.knots(times, grid=True)
     state = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     evaluator = Evaluator(score, state, conditions or {}, _eta_function(eta) if not isinstance(eta, tuple) else _no_eta)
-    if len(x) == 0:
+    if x.numel() == 0:
         states = x.detach().clone().expand(len(times), *x.shape) if trajectory else None
         seconds = time.perf_counter() - began
         return Solution(x.detach().clone(), 0, 0, torch.tensor(times, dtype=torch.float64), seconds, name, states)
@@ -519,7 +521,7 @@ def _check_eta(solver: Solver, name: str, eta: Any) -> Any:
             f"eta={eta!r}: that is a reverse SDE, but {name!r} does not take a noise level (eta = 0); "
             "use a solver that does, such as 'euler_maruyama' or 'dpmpp_2m_sde'"
         )
-    return _CheckedEta(eta) if callable(eta) and not isinstance(eta, _HashableEta) else eta
+    return _CheckedEta(eta) if callable(eta) and not isinstance(eta, _OwnEta) else eta
 
 
 def _check_times(times: Any, path: Path) -> tuple[float, ...]:
