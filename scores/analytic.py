@@ -167,8 +167,15 @@ class Exact(Predictor):
 
     def _reshaped(self, field: Field, x: Tensor) -> Field:
         """A function of (B, d) as one of (B, *event)."""
-        shape = x.shape
-        return field if x.dim() == 2 else lambda x: field(x.reshape(shape[0], self.dim)).reshape(shape)
+        shape, kind = x.shape, x.device.type
+
+        def run(x: Tensor) -> Tensor:
+            if torch.is_autocast_enabled(kind):  # autocast is for networks; an exact score must not be rounded by it
+                with torch.autocast(kind, enabled=False):
+                    return field(x.reshape(shape[0], self.dim)).reshape(shape)
+            return field(x.reshape(shape[0], self.dim)).reshape(shape)
+
+        return run
 
     def _flat64(self, x: Tensor, t: Any) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, d), alpha and sigma (1, 1) or (B, 1), in float64 on x's device."""

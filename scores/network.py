@@ -63,8 +63,9 @@ class Score(Predictor):
     Errors: InputError at construction for arguments that cannot work (the message shows the signature seen);
     NetworkError, chained, with the time in ``t``, when the network raises or returns something that is not shaped like x;
     PathError where the output says nothing about what is asked. Values are not checked: solvers check the end of a run
-    once. Changing x in place is an error, seen by the version counter (``torch.inference_mode`` keeps none, so it goes
-    unseen there).
+    once. Changing x or the label in place is an error, seen by the version counter (``torch.inference_mode`` keeps none, so it
+    goes unseen there). A state is the network's to read during the call only: solvers go on in the same memory. A Score is
+    a value: make another one rather than change its attributes.
     """
 
     def __init__(
@@ -123,6 +124,16 @@ class Score(Predictor):
     def __repr__(self) -> str:
         name = type(self.network).__name__ if self._module is self.network else getattr(self.network, "__name__", self.network)
         return f"Score({name}, {self.path}, predicts={self.predicts!r})"
+
+    @property
+    def native_dtype(self) -> torch.dtype:
+        """The dtype a state has unless told otherwise: float64 where the network's parameters are, else float32."""
+        found = (
+            next((p.dtype for p in self._module.parameters() if p.is_floating_point()), None)
+            if self._module is not None
+            else None
+        )
+        return torch.float64 if found is torch.float64 else torch.float32
 
     def row(self, knot: Knot) -> Row:
         """(a, b) of the raw output y = a x0 + b eps: floats at a knot of floats, tensors at a knot of tensors.
@@ -278,10 +289,10 @@ class Score(Predictor):
                 nonlocal tracked
                 tally.nfe += 1
                 tally.net_evals += 1
-                version = 0
+                version = written = 0
                 try:
                     if tracked:
-                        version = x._version
+                        version, written = x._version, label._version
                     y = network(x if feed is None else feed(x), label, **kwargs)
                 except Exception as error:
                     if tracked and x.is_inference():  # no version counter, so the network was not reached
@@ -293,6 +304,9 @@ class Score(Predictor):
                         raise
                     place = "" if t is None else f" at t={t:g}"
                     raise NetworkError(f"the network raised {type(error).__name__}{place}: {error}", t=t) from error
+                if tracked and label._version != written:
+                    self._last = None  # the labels kept for the next run are spoilt
+                    raise NetworkError("the network changed its time label in place: let it work on a copy, t = t * 1000", t=t)
                 changed = tracked and x._version != version
                 if type(y) is Tensor and y.dtype is dtype and y.shape == shape and y.device == device and not changed:
                     return y
@@ -560,10 +574,18 @@ def _coefficient(c: Coefficient, t: Any) -> Any:
 
 
 def _module_of(network: Any) -> nn.Module | None:
+    """The network, or what a function calls it by: a method's object, or the modules that a lambda closes over."""
     while isinstance(network, functools.partial):
         network = network.func
-    network = network if isinstance(network, nn.Module) else getattr(network, "__self__", None)
-    return network if isinstance(network, nn.Module) else None
+    network = network if isinstance(network, nn.Module) else getattr(network, "__self__", network)
+    if isinstance(network, nn.Module):
+        return network
+    try:
+        seen = inspect.getclosurevars(network)
+    except (TypeError, ValueError):  # no Python function
+        return None
+    modules = [v for v in {**seen.globals, **seen.nonlocals}.values() if isinstance(v, nn.Module)]
+    return modules[0] if len(modules) == 1 else nn.ModuleList(modules) if modules else None
 
 
 def _mode_dependent(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -571,7 +593,7 @@ def _mode_dependent(module: nn.Module) -> list[tuple[str, nn.Module]]:
     found = []
     for name, layer in module.named_modules():
         kind = type(layer).__name__
-        rates = [getattr(layer, key, None) for key in ("p", "drop_prob", "dropout")]
+        rates = [vars(layer).get(key) for key in ("p", "drop_prob", "dropout")]  # not getattr: some configs warn when asked
         rates = [r for r in rates if isinstance(r, (int, float))]
         drops = (not rates or any(rates)) and ("drop" in kind.lower() or kind == "StochasticDepth")
         inside = any(rates) and isinstance(layer, (nn.MultiheadAttention, nn.RNNBase))

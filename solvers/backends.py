@@ -126,7 +126,10 @@ class _Flow:
             )
         if math.isnan(t.detach()):
             raise _NotFinite(self.slope)
-        at = min(max(float(t.detach()), self.low), self.high)  # one ulp outside is the end itself
+        at = min(max(float(t.detach()), self.low), self.high)
+        for end in (self.low, self.high):  # torchdiffeq asks just outside and just inside its ends: they are the end itself
+            if abs(at - end) <= 1e-12 * (self.high - self.low):
+                at = end
         knot = self.ends.get(at) or self.evaluator.path.knot(at)
         self.slope = self.evaluator.predict(x, knot).combine(knot.dalpha, knot.dsigma).to(x.dtype)
         return self.slope
@@ -200,6 +203,11 @@ class TorchSDE:
     @property
     def stages(self) -> int:
         return 2 if self.method == "srk" else 1
+
+    @property
+    def reduced(self) -> TorchSDE:
+        """The one-call method."""
+        return TorchSDE("euler")
 
     @property
     def weak(self) -> float | None:

@@ -54,6 +54,11 @@ SOLVERS: dict[str, Entry] = {
     # exponential, deterministic
     "ddim": Entry(Multistep(1, "x0"), "exponential Euler", "Song, Meng & Ermon 2021 (DDIM)"),
     "dpmpp_2m": Entry(Multistep(2, "x0", rule="midpoint"), "two-step in x0, published weights", _LU),
+    "dpmpp_2m_lower_final": Entry(
+        Multistep(2, "x0", rule="midpoint", lower_final=True),
+        "the same with a first-order last step, as released for few steps",
+        _LU,
+    ),
     "unipc_2": Entry(UniPC(2), "predictor-corrector in x0, bh2", _ZHAO),
     "unipc_3": Entry(UniPC(3), "predictor-corrector in x0, bh2", _ZHAO),
     "unipc_2_bh1": Entry(UniPC(2, "bh1"), "predictor-corrector in x0, bh1", _ZHAO),

@@ -46,6 +46,7 @@ class Langevin:
                 x = x - (2.0 * self.snr**2 * at.sigma) * eps + (2.0 * self.snr * at.sigma) * z
             else:
                 size = 2.0 * (self.snr * _norm(z) * at.sigma / _norm(eps)) ** 2
+                size = torch.where(size.isfinite(), size, 0.0)  # score 0 says nothing: no correction
                 x = x - (size / at.sigma) * eps + torch.sqrt(2.0 * size) * z
             x = problem.keep(x)
         return x
@@ -118,7 +119,7 @@ class Churn:
     strong = None
 
     def __post_init__(self) -> None:
-        if not (self.s_churn >= 0.0 and self.s_noise > 0.0 and 0.0 <= self.s_min <= self.s_max):
+        if not (0.0 <= self.s_churn < math.inf and 0.0 < self.s_noise < math.inf and 0.0 <= self.s_min <= self.s_max):
             raise InputError(f"{self}: s_churn >= 0, s_noise > 0 and 0 <= s_min <= s_max")
 
     @property

@@ -67,7 +67,8 @@ def exponential_step(s: Knot, t: Knot, eta: float, target: str, x: Form, parts: 
     if target == "x0":
         if s.sigma == 0.0:
             raise PathError(
-                f"sigma({s.t:g}) = 0: a method in x0 cannot start there; start at a time with sigma > 0, or use target 'eps'"
+                f"sigma({s.t:g}) = 0: a method in x0 cannot start there; start (or, to encode, stop) at a time with sigma > 0, "
+                "such as the path's t_min"
             )
         decay = 1.0 if eta == 0.0 else math.exp(-eta * eta * (t.lam - s.lam))
         out = (t.sigma / s.sigma * decay) * x

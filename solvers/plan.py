@@ -227,7 +227,8 @@ class Plan:
         """Step by step, for callers that own the network: yields (state, knot), wants the raw output sent back, returns the
         last state.
 
-        ``score`` only says what the output means (its ``row``); it is not called.
+        ``score`` only says what the output means (its ``row``); it is not called. A state is valid until the next one is asked
+        for: clone it to keep it.
         """
         gen = execute(self.program(score), x, noise)
         try:
@@ -308,17 +309,28 @@ def _validate(plan: Plan) -> None:
     known = {0}
     for i, row in enumerate(plan.rows):
         read = {row.state} if isinstance(row, Call) else {r for r, _ in row.terms} if isinstance(row, Lin) else set()
+        numbers = [c for _, c in row.terms] if isinstance(row, Lin) else []
         bad_call = isinstance(row, Call) and not (0 <= row.knot < len(plan.knots) and row.target in ("x0", "eps"))
-        if not read <= known or row.out in known or bad_call:
+        if not read <= known or row.out in known or bad_call or not all(map(math.isfinite, numbers)):
             raise InputError(f"row {i} of the plan is damaged: {row}")
         known.add(row.out)
-    if len(plan.states) != len(plan.times) or len(plan.grid) != len(plan.times) or not set(plan.states) <= known:
+    if len(plan.states) != len(plan.times) or [k.t for k in plan.grid] != list(plan.times) or not set(plan.states) <= known:
         raise InputError(f"the plan has {len(plan.times)} times but {len(plan.states)} states and {len(plan.grid)} grid knots")
 
 
-@lru_cache(maxsize=256)
 def trace_solver(solver: Solver, path: Path, times: tuple[float, ...], eta: Any, name: str) -> Plan:
-    """Run ``march`` on symbolic forms. Cached: solver, path and times are hashable values."""
+    """Run ``march`` on symbolic forms. Kept for the next call, but not where eta is a function: its answers may change."""
+    if callable(eta):
+        return _trace(solver, path, times, eta, name)
+    try:
+        return _kept_trace(solver, path, times, eta, name)
+    except TypeError as error:
+        if "unhashable" in str(error):
+            raise InputError(f"{name}: a solver and its path must be hashable values: make them frozen dataclasses") from error
+        raise
+
+
+def _trace(solver: Solver, path: Path, times: tuple[float, ...], eta: Any, name: str) -> Plan:
     if not solver.linear:
         raise InputError(
             f"{name!r} is not linear (its coefficients depend on the state), so it has no table: use integrate or sample"
@@ -336,6 +348,9 @@ def trace_solver(solver: Solver, path: Path, times: tuple[float, ...], eta: Any,
     rows = tuple(row for row in tracer.rows if row is not None)
     etas = tuple(eta_of(k) for k in grid)
     return Plan(name, str(path), times, tuple(grid), tuple(tracer.knots), rows, tuple(states), etas)
+
+
+_kept_trace = lru_cache(maxsize=256)(_trace)
 
 
 def _eta_function(eta: Any) -> Callable[[Knot], float]:
@@ -512,7 +527,7 @@ def execute(
     slots[0] = x
     for op, out, source, argument in program.code:
         if op == CALL:
-            slots[out] = yield argument, slots[source]
+            slots[out] = _apart((yield argument, slots[source]), slots[source])
         elif op == ADD_:
             slots[out].add_(slots[source], alpha=argument)
         elif op == MUL_:
@@ -532,3 +547,8 @@ def execute(
         elif after is not None:
             after(argument, slots[out])
     return slots[program.result]
+
+
+def _apart(y: Tensor, x: Tensor) -> Tensor:
+    """y, copied where the network handed its input back (or a view of it): the program writes to x while it still needs y."""
+    return y.clone() if y.data_ptr() == x.data_ptr() else y

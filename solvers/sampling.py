@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -76,7 +77,11 @@ def sample(
     noise: Any = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    **options: Any,
+    callback: Callable[[StepInfo], Any] | None = None,
+    trajectory: bool = False,
+    conditions: Mapping[str, Any] | None = None,
+    grad: bool = False,
+    progress: bool = False,
 ) -> Solution:
     """Samples: the score's reverse SDE or probability flow, integrated from noise at ``start`` to ``stop``.
 
@@ -85,8 +90,10 @@ def sample(
     nfe     : spend at most this many network calls; or steps=, the number of steps. Exactly one of the two
     grid    : a name of GRIDS or a function (path, n, start, stop) -> n + 1 times
     start, stop : first and last time, default T and the path's t_min;  stop=0 ends at the data
-    seed    : sample i is a function of (seed, i) alone; seeds= gives one seed a sample;  noise: "white", "brownian" or a
-    source of sde.noise options : callback, trajectory, conditions, grad, progress, as for ``integrate``
+    seed    : sample i is a function of (seed, i) alone; seeds= gives one seed a sample
+    noise   : "white" (independent), "brownian" (a path that all grids share), or a source of sde.noise
+    dtype   : of the state (default float32, or float64 where the network's parameters are);  device: of the state
+    callback, trajectory, conditions, grad, progress: as for ``integrate``
     """
     _check_score(score)
     name, solver, eta = resolve(solver, eta)
@@ -100,13 +107,14 @@ def sample(
     source = _source(noise, seed, seeds)
     if x is None:
         size = _check_shape(shape)
-        x = source.initial(size, dtype or torch.float32, device or "cpu")
+        x = source.initial(size, dtype or getattr(score, "native_dtype", torch.float32), device or "cpu")
         x = x * path.prior_std(times[0])
     else:
         _check_state(x)
         if dtype is not None or device is not None:
             x = x.to(device=device or x.device, dtype=dtype or x.dtype)
-    return _run(solver, name, score, eta, x, times, source, **options)
+    extras = _Extras(callback, trajectory, conditions, grad, progress)
+    return _run(solver, name, score, eta, x, times, source, extras)
 
 
 def encode(
@@ -119,7 +127,11 @@ def encode(
     grid: Any = "log_snr",
     start: float | None = None,
     stop: float | None = None,
-    **options: Any,
+    callback: Callable[[StepInfo], Any] | None = None,
+    trajectory: bool = False,
+    conditions: Mapping[str, Any] | None = None,
+    grad: bool = False,
+    progress: bool = False,
 ) -> Solution:
     """Data (at time ``stop``) to noise (at ``start``) along the probability flow: ``sample`` on the reversed grid, same
     names, same solvers.
@@ -132,9 +144,9 @@ def encode(
         raise InputError(
             f"solver={name!r} is stochastic: encoding follows the probability flow; use an ODE solver such as 'dpmpp_2m'"
         )
-    solver, times = _plan_times(solver, name, score.path, nfe, steps, grid, start, stop, eta)
+    solver, times = _plan_times(solver, name, score.path, nfe, steps, grid, start, stop, eta, backwards=True)
     _check_state(x)
-    return _run(solver, name, score, 0.0, x, times[::-1], White(), **options)
+    return _run(solver, name, score, 0.0, x, times, White(), _Extras(callback, trajectory, conditions, grad, progress))
 
 
 def integrate(
@@ -147,7 +159,11 @@ def integrate(
     seeds: Sequence[int] | None = None,
     noise: Any = None,
     traced: bool = True,
-    **options: Any,
+    callback: Callable[[StepInfo], Any] | None = None,
+    trajectory: bool = False,
+    conditions: Mapping[str, Any] | None = None,
+    grad: bool = False,
+    progress: bool = False,
 ) -> Solution:
     """Any solver on any problem between given times.
 
@@ -155,11 +171,10 @@ def integrate(
     times   : n + 1 strictly monotone times in the path's domain, decreasing towards data
     traced  : run the solver's table where it has one (the same numbers, less overhead); False marches step by step
 
-    options
-      callback(StepInfo) after each step;  trajectory=True keeps the states, (n + 1, B, ...)
-      conditions : mapping of keyword arguments for the network
-      grad       : build the autograd graph (default: no gradient)
-      progress   : a progress bar
+    callback(StepInfo) is called after each step;  trajectory=True keeps the states, (n + 1, B, ...)
+    conditions : mapping of keyword arguments for the network
+    grad       : build the autograd graph (default: no gradient)
+    progress   : a progress bar
     """
     if isinstance(problem, (ReverseSDE, ProbabilityFlow)):
         if problem.score is None:
@@ -173,14 +188,14 @@ def integrate(
         score, (name, solver, eta) = problem, resolve(solver)
     eta = _check_eta(solver, name, eta)
     _check_state(x)
-    return _run(
-        solver, name, score, eta, x, _check_times(times, score.path), _source(noise, seed, seeds), traced=traced, **options
-    )
+    times, source = _check_times(times, score.path), _source(noise, seed, seeds)
+    extras = _Extras(callback, trajectory, conditions, grad, progress)
+    return _run(solver, name, score, eta, x, times, source, extras, traced=traced)
 
 
 @dataclass(frozen=True)
 class _OwnEta:
-    """A reverse SDE's own noise level as a function of t. It is kept with the table, so it must not hold the network."""
+    """A reverse SDE's own noise level as a function of t, without its network."""
 
     path: Path
     eta: Any
@@ -198,16 +213,41 @@ def run_plan(
     seed: int = 0,
     seeds: Sequence[int] | None = None,
     noise: Any = None,
-    **options: Any,
+    callback: Callable[[StepInfo], Any] | None = None,
+    trajectory: bool = False,
+    conditions: Mapping[str, Any] | None = None,
+    grad: bool = False,
+    progress: bool = False,
 ) -> Solution:
     """``Plan.run``: the same boundary as ``integrate``, for a table that exists already."""
     _check_score(score)
     _check_state(x)
-    return _run(None, plan.solver, score, plan.eta, x, plan.times, _source(noise, seed, seeds), plan=plan, **options)
+    extras = _Extras(callback, trajectory, conditions, grad, progress)
+    return _run(None, plan.solver, score, plan.eta, x, plan.times, _source(noise, seed, seeds), extras, plan=plan)
 
 
-# --- the run
-# ------------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Extras:
+    """What a run does beside integrating."""
+
+    callback: Callable[[StepInfo], Any] | None
+    trajectory: bool
+    conditions: Mapping[str, Any] | None
+    grad: bool
+    progress: bool
+
+    def __post_init__(self) -> None:
+        for name in ("trajectory", "grad", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}={getattr(self, name)!r}: must be True or False")
+        if self.conditions is not None and not isinstance(self.conditions, Mapping):
+            kind = type(self.conditions).__name__
+            raise InputError(f"conditions is a {kind}: give a dict of keyword arguments of the network")
+        if self.callback is not None and not callable(self.callback):
+            raise InputError(f"callback={self.callback!r}: give a function of one StepInfo")
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
 
 
 def _run(
@@ -218,29 +258,24 @@ def _run(
     x: Tensor,
     times: tuple[float, ...],
     source: Source,
+    extras: _Extras,
     *,
     plan: Plan | None = None,
     traced: bool = True,
-    callback: Callable[[StepInfo], Any] | None = None,
-    trajectory: bool = False,
-    conditions: Mapping[str, Any] | None = None,
-    grad: bool = False,
-    progress: bool = False,
 ) -> Solution:
     began = time.perf_counter()
-    if conditions is not None and not isinstance(conditions, Mapping):
-        raise InputError(f"conditions is a {type(conditions).__name__}: give a dict of keyword arguments of the network")
+    trajectory, grad = extras.trajectory, extras.grad
     if plan is None and traced and solver is not None and solver.linear:
         plan = trace_solver(solver, score.path, times, eta, name)
     grid = list(plan.grid) if plan is not None else score.path.knots(times, grid=True)
     state = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    evaluator = Evaluator(score, state, conditions or {}, _eta_function(eta) if not isinstance(eta, tuple) else _no_eta)
+    evaluator = Evaluator(score, state, extras.conditions or {}, _eta_function(eta) if not isinstance(eta, tuple) else _no_eta)
     if x.numel() == 0:
         states = x.detach().clone().expand(len(times), *x.shape) if trajectory else None
         seconds = time.perf_counter() - began
         return Solution(x.detach().clone(), 0, 0, torch.tensor(times, dtype=torch.float64), seconds, name, states)
     recorder = _Recorder(
-        grid, evaluator, callback, [(state if grad else state.detach()).clone()] if trajectory else None, progress
+        grid, evaluator, extras.callback, [(state if grad else state.detach()).clone()] if trajectory else None, extras.progress
     )
     with torch.set_grad_enabled(grad), _running(score), recorder:
         draw = _drawer(source, state)
@@ -437,19 +472,30 @@ def _drawer(source: Source, x: Tensor) -> Callable[[int, Knot, Knot, Tensor], Te
 
 
 def _plan_times(
-    solver: Solver, name: str, path: Path, nfe: Any, steps: Any, grid: Any, start: Any, stop: Any, eta: Any
+    solver: Solver,
+    name: str,
+    path: Path,
+    nfe: Any,
+    steps: Any,
+    grid: Any,
+    start: Any,
+    stop: Any,
+    eta: Any,
+    backwards: bool = False,
 ) -> tuple[Solver, tuple[float, ...]]:
-    """The solver and the times that ``steps`` or the budget ``nfe`` buys."""
+    """The solver and the times that ``steps`` or the budget ``nfe`` buys; ``backwards`` from data to noise."""
     if isinstance(grid, (Tensor, list, tuple)):
         raise InputError("grid holds times: for explicit times use integrate(solver, problem, x, times)")
     for label, value in (("start", start), ("stop", stop)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value)):
             raise InputError(f"{label}={value!r}: must be a finite number in [0, {path.T:g}]")
 
     def times(n: int) -> tuple[float, ...]:
         if isinstance(grid, str):
-            return _named_times(grid, path, n, start, stop)
-        return _check_times(make_grid(grid, path, n, start, stop), path)
+            found = _named_times(grid, path, n, start, stop)
+        else:
+            found = _check_times(make_grid(grid, path, n, start, stop), path)
+        return found[::-1] if backwards else found
 
     if steps is not None:
         return solver, times(_count("steps", steps))
@@ -481,11 +527,11 @@ def _named_times(grid: str, path: Path, n: int, start: float | None, stop: float
 
 
 def _count(label: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise InputError(f"{label} must be an int, got {value!r}")
     if value < 1:
         raise InputError(f"{label} must be >= 1, got {value}")
-    return value
+    return int(value)
 
 
 def _check_score(score: Any) -> None:
@@ -496,13 +542,13 @@ def _check_score(score: Any) -> None:
 
 @dataclass(frozen=True)
 class _CheckedEta:
-    """A caller's noise level as a function of t, checked where it is used."""
+    """A caller's noise level as a function of t, a float64 tensor () as ``ReverseSDE`` gives it, checked where it is used."""
 
-    given: Callable[[float], Any]
+    given: Callable[[Tensor], Any]
 
     def __call__(self, t: float) -> float:
         try:
-            value = float(self.given(t))
+            value = float(self.given(torch.tensor(t, dtype=torch.float64)))
         except Exception as error:
             raise InputError(
                 f"eta({t:g}) raised {type(error).__name__}: {str(error)[:150]}; give a function of t to a number >= 0"
@@ -514,14 +560,17 @@ class _CheckedEta:
 
 def _check_eta(solver: Solver, name: str, eta: Any) -> Any:
     """eta, a function checked at every call."""
-    if not callable(eta) and not (isinstance(eta, (int, float)) and not isinstance(eta, bool) and 0.0 <= eta < math.inf):
+    number = isinstance(eta, numbers.Real) and not isinstance(eta, bool)
+    if not callable(eta) and not (number and 0.0 <= float(eta) < math.inf):
         raise InputError(f"eta={eta!r}: must be a number >= 0, or a function of t")
     if not solver.takes_eta and (callable(eta) or eta != 0.0):
         raise InputError(
-            f"eta={eta!r}: that is a reverse SDE, but {name!r} does not take a noise level (eta = 0); "
+            f"eta={eta!r:.80}: that is a reverse SDE, but {name!r} does not take a noise level (eta = 0); "
             "use a solver that does, such as 'euler_maruyama' or 'dpmpp_2m_sde'"
         )
-    return _CheckedEta(eta) if callable(eta) and not isinstance(eta, _OwnEta) else eta
+    if callable(eta):
+        return eta if isinstance(eta, _OwnEta) else _CheckedEta(eta)
+    return float(eta)
 
 
 def _check_times(times: Any, path: Path) -> tuple[float, ...]:

@@ -102,6 +102,11 @@ class AnnealedLangevin:
     def stages(self) -> int:
         return self.inner
 
+    @property
+    def reduced(self) -> AnnealedLangevin:
+        """One Langevin step a level."""
+        return AnnealedLangevin(1, self.size)
+
     def step(self, problem: Problem, x: Form, s: Knot, t: Knot, carry: Any, noise: Noise) -> Step:
         if s.alpha == 0.0:
             raise PathError(f"alpha({s.t:g}) = 0: the levels cannot be rescaled from there; start just below")
