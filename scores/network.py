@@ -303,7 +303,7 @@ class Score(Predictor):
                     if isinstance(error, ToolkitError):
                         raise
                     place = "" if t is None else f" at t={t:g}"
-                    raise NetworkError(f"the network raised {type(error).__name__}{place}: {error}", t=t) from error
+                    raise NetworkError(f"the network raised {type(error).__name__}{place}: {str(error)[:300]}", t=t) from error
                 if tracked and label._version != written:
                     self._last = None  # the labels kept for the next run are spoilt
                     raise NetworkError("the network changed its time label in place: let it work on a copy, t = t * 1000", t=t)

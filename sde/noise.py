@@ -295,6 +295,7 @@ class _Normals:
         longest = max((chunk.padded for chunk in self.chunks), default=0)
         self._pair, self._cosine = self.empty(2 * longest), self.empty(longest)
         self._halves: Array = self._allocate(2 * longest, torch.float32)
+        self._views: dict[int, tuple[Array, ...]] = {}
         self._turn = self.empty(1)  # an array, whose dtype counts in a product of mixed dtypes, as a number's would not
         self._turn[:] = math.pi * 2.0**-31
 
@@ -364,21 +365,26 @@ class _Normals:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
+    def _view(self, n: int) -> tuple[Array, ...]:
+        """The scratch of a chunk of n words: halves, high and low ones, radius, angle, cosine. Small draws feel each slice."""
+        single = self._halves[: 2 * n]
+        pair = self._pair[:n], self._pair[n : 2 * n]
+        self._views[n] = found = (single, single[_HIGH::2], single[_LOW::2], *pair, self._cosine[:n])
+        return found
+
     def polar(self, chunk: _Chunk, draw: int, kind: int, node: int) -> tuple[Array, Array, Array]:
         """(r, cos, sin), each (padded,), of a chunk's words: scratch that the next call overwrites."""
         xp, n = self.xp, chunk.padded
-        halves = self._words(chunk, draw, kind, node)
-        single = self._halves[: 2 * n]
-        single[:] = halves  # the rounding that every dtype shares
-        radius, angle, cosine = self._pair[:n], self._pair[n : 2 * n], self._cosine[:n]
+        single, high, low, radius, angle, cosine = self._views.get(n) or self._view(n)
+        single[:] = self._words(chunk, draw, kind, node)  # the rounding that every dtype shares
         # Symmetric: every |hi + 1/2| is met twice, none is 0. Added in float32 in every dtype, so that none is above 2^31.
-        xp.add(single[_HIGH::2], 0.5, out=radius)
+        xp.add(high, 0.5, out=radius)
         xp.abs(radius, out=radius)
         radius *= 2.0**-31
         xp.log(radius, out=radius)
         radius *= -2.0
         xp.sqrt(radius, out=radius)
-        xp.multiply(single[_LOW::2], self._turn, out=angle)
+        xp.multiply(low, self._turn, out=angle)
         xp.cos(angle, out=cosine)
         xp.sin(angle, out=angle)
         return radius, cosine, angle
