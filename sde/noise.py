@@ -405,17 +405,16 @@ class _Normals:
     def store(self, flat: Array, chunk: _Chunk, left: tuple[Array, Any], right: tuple[Array, Any]) -> None:
         """Write the products ``left`` and ``right``, (padded,) each, where the chunk's normals go in ``flat``, (B, size)."""
         rows, columns = slice(chunk.row, chunk.row + chunk.rows), chunk.columns
-        count = chunk.rows * columns
+        count, multiply = chunk.rows * columns, self.xp.multiply
         for start, (one, other) in ((chunk.column, left), (chunk.column + self._half, right)):
-            target = flat[rows, start : start + columns]  # of odd samples the right half is one column narrower
+            width = min(columns, self._size - start)  # of odd samples the right half is one column narrower
             if self.xp is np and columns < _NARROW:
-                for j in range(target.shape[1]):
-                    self.xp.multiply(*(_every(x, j, count, columns) for x in (one, other)), out=target[:, j])
+                for j in range(width):
+                    factor = other if isinstance(other, float) else other[j:count:columns]
+                    multiply(one[j:count:columns], factor, out=flat[rows, start + j])
             else:
-                wide = (
-                    x if isinstance(x, float) else x[:count].reshape(-1, columns)[:, : target.shape[1]] for x in (one, other)
-                )
-                self.xp.multiply(*wide, out=target)
+                wide = (x if isinstance(x, float) else x[:count].reshape(-1, columns)[:, :width] for x in (one, other))
+                multiply(*wide, out=flat[rows, start : start + width])
 
     def white(self, k: int, kind: int, like: Tensor | None, out: Tensor | None) -> Tensor:
         """Draw k, a function of (seed, i, k) alone."""
@@ -452,10 +451,6 @@ def _shape(shape: Sequence[int]) -> tuple[int, ...]:
     if isinstance(shape, int) or not len(shape):
         raise InputError(f"shape={shape!r} has no batch; write shape=(B, ...), such as (1, {shape if shape else 2})")
     return tuple(_integer(f"shape[{j}]", n, 0, _WORD, "shape=(B, ...)") for j, n in enumerate(shape))
-
-
-def _every(x: Array, first: int, count: int, columns: int) -> Any:
-    return x if isinstance(x, float) else x[first:count:columns]
 
 
 def _pad(count: int) -> int:
