@@ -139,12 +139,12 @@ class Brownian(Source):
     """
 
     seed: int = 0
-    cells: int = 128
+    cells: int = 64
     indices: Sequence[int] | None = None
     seeds: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        cells = _integer("cells", self.cells, 1, 1 << 53, "a power of two such as cells=128")
+        cells = _integer("cells", self.cells, 1, 1 << 53, "a power of two such as cells=64")
         if cells & (cells - 1):
             low = 1 << (cells.bit_length() - 1)
             raise InputError(f"cells={cells} is not a power of two; write cells={low} or cells={2 * low}")

@@ -527,7 +527,10 @@ def execute(
     slots[0] = x
     for op, out, source, argument in program.code:
         if op == CALL:
-            slots[out] = _apart((yield argument, slots[source]), slots[source])
+            y = yield argument, slots[source]
+            # the network may hand its input back, or a view of it: the program writes to x while it still needs y
+            slots[out] = y.clone() if y.data_ptr() == slots[source].data_ptr() else y
+            y = None  # a name would keep the output alive
         elif op == ADD_:
             slots[out].add_(slots[source], alpha=argument)
         elif op == MUL_:
@@ -547,8 +550,3 @@ def execute(
         elif after is not None:
             after(argument, slots[out])
     return slots[program.result]
-
-
-def _apart(y: Tensor, x: Tensor) -> Tensor:
-    """y, copied where the network handed its input back (or a view of it): the program writes to x while it still needs y."""
-    return y.clone() if y.data_ptr() == x.data_ptr() else y

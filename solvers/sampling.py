@@ -289,7 +289,7 @@ def _run(
         x=out if out.dtype == x.dtype else out.to(x.dtype),
         nfe=evaluator.tally.nfe,
         net_evals=evaluator.tally.net_evals,
-        times=torch.tensor(times, dtype=torch.float64),
+        times=_tensor(times).clone(),
         seconds=seconds,
         solver=name,
         trajectory=states,
@@ -631,11 +631,21 @@ def _check_state(x: Any) -> None:
         raise InputError(f"x is not finite in {len(bad)} of {len(x)} samples (first: {bad[0]})")
 
 
+@lru_cache(maxsize=256)
+def _tensor(times: tuple[float, ...]) -> Tensor:
+    return torch.tensor(times, dtype=torch.float64, device="cpu")
+
+
+@lru_cache(maxsize=64, typed=True)  # typed: a seed of True is not a seed of 1
+def _white(seed: int) -> White:
+    return White(seed)
+
+
 def _source(noise: Any, seed: int, seeds: Sequence[int] | None) -> Source:
     if isinstance(noise, Source):
         return noise
     if noise in (None, "white"):
-        return White(seed, seeds=seeds)
+        return _white(seed) if seeds is None and isinstance(seed, int) else White(seed, seeds=seeds)
     if noise == "brownian":
         return Brownian(seed, seeds=seeds)
     raise InputError(f"noise={noise!r}: use 'white', 'brownian', or a source of sde.noise such as Brownian(seed=0, cells=256)")

@@ -136,7 +136,7 @@ def test_pinned_digests() -> None:
     assert hashlib.sha256(words.astype("<u8").tobytes()).hexdigest()[:16] == "72db9db3ce10c57a"
     # Rounded: the last bits belong to the processor's log, sin and cos.
     z = torch.cat([White(1).initial((4, 5), torch.float64), white(2, (4, 5), torch.float64, 1)])
-    path = torch.cat(sweep(Brownian(1).open((4, 5), torch.float64), [at(-3.0), at(0.0), at(0.1), at(2.0)]))
+    path = torch.cat(sweep(Brownian(1, 128).open((4, 5), torch.float64), [at(-3.0), at(0.0), at(0.1), at(2.0)]))
     assert [round(v, 9) for v in (z.sum().item(), z.norm().item(), path.sum().item(), path.norm().item())] == PINNED
 
 
