@@ -214,12 +214,23 @@ class Plan:
 
         return run_plan(self, score, x, **options).x
 
-    def program(self, score: Predictor, in_place: bool = True) -> Program:
-        """The rows lowered for this score's output, cached as long as the score lives."""
+    def program(self, score: Predictor, in_place: bool = True, dtype: torch.dtype | None = None) -> Program:
+        """The rows lowered for this score's output, cached as long as the score lives.
+
+        For states of ``dtype`` the factors of in-place products are scalars of it, ready made: torch would make each anew.
+        """
         programs = self._programs.setdefault(score, {})
-        if in_place not in programs:
-            programs[in_place] = lower(self, score, in_place)
-        return programs[in_place]
+        if (in_place, dtype) not in programs:
+            program = lower(self, score, in_place)
+            if dtype is not None:
+                with torch.inference_mode(False):
+                    code = tuple(
+                        (*op[:3], torch.tensor(op[3], dtype=dtype, device="cpu")) if op[0] == MUL_ else op
+                        for op in program.code
+                    )
+                program = program._replace(code=code)
+            programs[in_place, dtype] = program
+        return programs[in_place, dtype]
 
     def iterate(
         self, score: Predictor, x: Tensor, noise: Callable[[int, Knot, Knot, Tensor], Tensor] | None = None

@@ -318,7 +318,7 @@ def _advance(
 
 
 def _run_plan(plan: Plan, evaluator: Evaluator, x: Tensor, draw: Any, after: Any, in_place: bool) -> Tensor:
-    program = plan.program(evaluator.score, in_place)
+    program = plan.program(evaluator.score, in_place, x.dtype)
     calls = evaluator.score.at(plan.knots, evaluator.x, evaluator.conditions, evaluator.tally)
     gen = execute(program, x, draw, after)
     k = 0
