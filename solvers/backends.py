@@ -180,9 +180,8 @@ class TorchSDE:
     srk has weak order 2 and strong order 1.5; where the score is affine (Gaussian data) its strong order is 2.
 
     Fixed steps are those of the grid. Their normals come from ``sde.noise``, so sample i depends on (seed, i) alone. With
-    ``adaptive`` torchsde controls
-    the step by ``rtol`` and ``atol`` between the grid's ends, and draws from its own BrownianInterval, shared by the batch.
-    "srk" wants the diffusion as (B, d, d), which bounds the state's size.
+    ``adaptive`` torchsde controls the step by ``rtol`` and ``atol`` between the grid's ends, and draws from its own
+    BrownianInterval, shared by the batch. "srk" wants the diffusion as (B, d, d), which bounds the state's size.
     """
 
     method: str

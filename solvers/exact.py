@@ -92,9 +92,8 @@ class Law:
 def exact_law(plan: Plan, gaussian: GaussianData, start: str | tuple[Any, Any] = "marginal") -> Law:
     """The exact mean and covariance of ``plan``'s output when the data are ``gaussian`` and its score is exact.
 
-    start : "marginal" (the exact law at times[0]), "prior" (N(0, prior_std^2), what sampling starts from), or (mean,
-    variance) along the
-            eigenvectors.
+    start : "marginal" (the exact law at times[0]), "prior" (N(0, prior_std^2), what sampling starts from), or a pair
+            (mean, variance) along the eigenvectors
     """
     registers = _propagate(plan, gaussian)
     const, gain, noise = registers.final

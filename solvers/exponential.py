@@ -2,8 +2,9 @@
 
 With h = lambda_t - lambda_s, eta the noise level and r = 1 + eta^2, the reverse SDE is solved exactly by
 
-    in x0 :  x_t = (sigma_t/sigma_s) e^{-eta^2 h} x_s + alpha_t int_0^h r e^{-r(h-u)} x0(u) du + sigma_t sqrt(1 - e^{-2 eta^2
-    h}) z in eps:  x_t = (alpha_t/alpha_s) x_s - sigma_t r int_0^h e^{h-u} eps(u) du + sigma_t eta sqrt(e^{2h} - 1) z
+    in x0 :  x_t = (sigma_t/sigma_s) e^{-eta^2 h} x_s + alpha_t int_0^h r e^{-r(h-u)} x0(u) du
+                   + sigma_t sqrt(1 - e^{-2 eta^2 h}) z
+    in eps:  x_t = (alpha_t/alpha_s) x_s - sigma_t r int_0^h e^{h-u} eps(u) du + sigma_t eta sqrt(e^{2h} - 1) z
 
 A method replaces x0(u) or eps(u) by a polynomial through the predictions at past knots; its weights are integrals of that
 polynomial. Limits are written out: sigma_t = 0 gives alpha_t x0, alpha_s = 0 leaves sigma_t/sigma_s x + alpha_t x0 (h is
@@ -105,7 +106,8 @@ class Multistep:
     target : "x0" or "eps", what is interpolated
     basis  : the variable of the polynomial, "lam", "t" or "rho"
     rule   : "exact" weights, or "midpoint", DPM-Solver++(2M)'s published weights (Lu et al. 2022): half the constant's
-    weight times the slope lower_final : lower the order towards the last step, as released code does for few steps
+             weight times the slope
+    lower_final : lower the order towards the last step, as released code does for few steps
 
     Order min(steps, 2): the first step is of order one (its error, once, is second order); exact on constant predictions.
     """

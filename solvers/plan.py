@@ -371,8 +371,7 @@ def _eta_function(eta: Any) -> Callable[[Knot], float]:
     return level
 
 
-# --- lowering: from rows to in-place operations
-# -----------------------------------------------------------------------------------
+# --- lowering: from rows to in-place operations -----------------------------------------------------------------------
 
 CALL, NORMAL, MUL, MUL_, ADD, ADD_, FREE, STATE = range(8)
 

@@ -467,8 +467,7 @@ def _drawer(source: Source, x: Tensor) -> Callable[[int, Knot, Knot, Tensor], Te
     return draw
 
 
-# --- the boundary check
-# ---------------------------------------------------------------------------------------------------------------
+# --- the boundary check -----------------------------------------------------------------------------------------------
 
 
 def _plan_times(

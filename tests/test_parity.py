@@ -1132,6 +1132,7 @@ HAND: dict[str, Hand] = {
     "edm_rk4": in_t(hand_edm_rk4),
     "ddim": in_t(hand_ddim),
     "dpmpp_2m": hand_dpmpp(0.0),
+    "dpmpp_2m_lower_final": in_t(hand_ddim),  # with one or two steps the start and the end leave order one everywhere
     "unipc_2": hand_unipc("bh2", full=False),
     "unipc_3": hand_unipc("bh2", full=False),
     "unipc_2_bh1": hand_unipc("bh1", full=False),
