@@ -204,6 +204,11 @@ class TorchSDE:
         return 2 if self.method == "srk" else 1
 
     @property
+    def areas(self) -> bool:
+        """Whether a step draws the area under the Brownian path beside its increment."""
+        return self.method == "srk"
+
+    @property
     def reduced(self) -> TorchSDE:
         """The one-call method."""
         return TorchSDE("euler")

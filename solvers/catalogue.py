@@ -21,12 +21,17 @@ from .stochastic import AnnealedLangevin, DiscreteDDPM, EulerMaruyama
 
 @dataclass(frozen=True)
 class Entry:
-    """A named sampler: the solver, the noise level eta it runs at unless told otherwise, and where it comes from."""
+    """A named sampler: the solver, the noise level eta it runs at unless told otherwise, and where it comes from.
+
+    ``theory`` says what is measured of it (``python -m benchmarks orders``): its declared "order", or, where it has none, that
+    its error follows the "tolerance", or the "floor" at which it settles.
+    """
 
     solver: Solver | BackEnd
     summary: str
     reference: str
     eta: float = 0.0
+    theory: str = "order"
 
     @property
     def deterministic(self) -> bool:
@@ -74,26 +79,31 @@ SOLVERS: dict[str, Entry] = {
     "ddpm_discrete": Entry(DiscreteDDPM(), "DDPM with beta_k = beta(t_k) h; eta = 1 only", "Pierret & Galerne 2025", eta=1.0),
     "dpmpp_2m_sde": Entry(Multistep(2, "x0", rule="midpoint"), "two-step in x0 with noise, published weights", _LU, eta=1.0),
     "edm_sde": Entry(Churn(RungeKutta(HEUN, "rho")), "EDM's stochastic Heun with churn 40", _KARRAS),
-    "pc_euler_maruyama": Entry(PredictorCorrector(EulerMaruyama()), "Euler-Maruyama with Langevin corrector", _SONG, eta=1.0),
-    "pc_ddpm": Entry(PredictorCorrector(Multistep(1, "x0")), "ancestral with Langevin corrector", _SONG, eta=1.0),
+    "pc_euler_maruyama": Entry(
+        PredictorCorrector(EulerMaruyama()), "Euler-Maruyama with Langevin corrector", _SONG, 1.0, "floor"
+    ),
+    "pc_ddpm": Entry(PredictorCorrector(Multistep(1, "x0")), "ancestral with Langevin corrector", _SONG, 1.0, "floor"),
     "pc_ddpm_sigma": Entry(
         PredictorCorrector(Multistep(1, "x0"), Langevin(rule="sigma")),
         "the same with the corrector's step from sigma_t",
         _SONG,
         eta=1.0,
+        theory="floor",
     ),
-    "annealed_langevin": Entry(AnnealedLangevin(), "Langevin dynamics at each noise level", "Song & Ermon 2019 (NCSN)"),
+    "annealed_langevin": Entry(
+        AnnealedLangevin(), "Langevin dynamics at each noise level", "Song & Ermon 2019 (NCSN)", theory="floor"
+    ),
     # adaptive and library back ends
-    "dopri5": Entry(TorchDiffEq("dopri5"), "adaptive order 5", _CHEN),
-    "dopri8": Entry(TorchDiffEq("dopri8"), "adaptive order 8", _CHEN),
-    "bosh3": Entry(TorchDiffEq("bosh3"), "adaptive order 3", _CHEN),
-    "adaptive_heun": Entry(TorchDiffEq("adaptive_heun"), "adaptive order 2", _CHEN),
+    "dopri5": Entry(TorchDiffEq("dopri5"), "adaptive order 5", _CHEN, theory="tolerance"),
+    "dopri8": Entry(TorchDiffEq("dopri8"), "adaptive order 8", _CHEN, theory="tolerance"),
+    "bosh3": Entry(TorchDiffEq("bosh3"), "adaptive order 3", _CHEN, theory="tolerance"),
+    "adaptive_heun": Entry(TorchDiffEq("adaptive_heun"), "adaptive order 2", _CHEN, theory="tolerance"),
     "torchsde_euler": Entry(TorchSDE("euler"), "Euler-Maruyama by torchsde", _LI, eta=1.0),
     "torchsde_milstein": Entry(
         TorchSDE("milstein"), "Milstein by torchsde; the same here, the noise being additive", _LI, eta=1.0
     ),
     "torchsde_srk": Entry(TorchSDE("srk"), "stochastic Runge-Kutta SRA by torchsde", "Roessler 2010; " + _LI, eta=1.0),
-    "torchsde_adaptive": Entry(TorchSDE("srk", adaptive=True), "the same with step control", _LI, eta=1.0),
+    "torchsde_adaptive": Entry(TorchSDE("srk", adaptive=True), "the same with step control", _LI, 1.0, "tolerance"),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,6 +89,16 @@ class PredictorCorrector:
     @property
     def linear(self) -> bool:
         return self.corrector.rule == "sigma" and self.predictor.linear
+
+    @property
+    def floor(self) -> float:
+        """The excess variance it settles at, in units of sigma_t^2, to leading order."""
+        return self.corrector.snr**2
+
+    @property
+    def linearised(self) -> PredictorCorrector:
+        """A solver of the same floor that has a table."""
+        return self if self.linear else PredictorCorrector(self.predictor, replace(self.corrector, rule="sigma"))
 
     @property
     def reduced(self) -> Solver:

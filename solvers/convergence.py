@@ -25,6 +25,9 @@ from .plan import trace_solver
 
 KINDS = ("ode", "weak", "strong")
 
+#: Steps of the grids by declared order: fine enough to be asymptotic, coarse enough to stay above rounding.
+LADDER = {1: (80, 160, 320), 2: (80, 160, 320), 3: (80, 160, 320), 4: (40, 80, 160), 5: (20, 40, 80)}
+
 
 @dataclass(frozen=True)
 class Convergence:
@@ -81,8 +84,7 @@ def convergence(
     declared = declared_order(solver, kind)
     if declared is None:
         raise InputError(f"{label!r} declares no {kind} order")
-    if steps is None:  # fine enough to be asymptotic, coarse enough to stay above rounding
-        steps = (40, 80, 160, 320) if declared >= 3 else (80, 160, 320, 640)
+    steps = steps or LADDER.get(math.ceil(declared), (10, 20, 40))
     path = gaussian.path
     errors = []
     for n in steps:

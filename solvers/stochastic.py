@@ -103,6 +103,16 @@ class AnnealedLangevin:
         return self.inner
 
     @property
+    def floor(self) -> float:
+        """The excess variance it settles at, in units of sigma_t^2, to leading order."""
+        return self.size / 4.0
+
+    @property
+    def linearised(self) -> AnnealedLangevin:
+        """A solver of the same floor that has a table."""
+        return self
+
+    @property
     def reduced(self) -> AnnealedLangevin:
         """One Langevin step a level."""
         return AnnealedLangevin(1, self.size)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import Probe, probe
 
+from benchmarks.truth import Probe, probe
 from scores import Gaussian
 from sde import EDM, VP, Linear, ReverseSDE
 from sde.errors import InputError
