@@ -25,6 +25,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command("benchmarks.train:Train", "train the small network of 8x8 digits again, from a seed"),
     "exact": Command("benchmarks.exact:Exact", "the exact law of a sampler's output on Gaussian data"),
     "orders": Command("benchmarks.orders:Orders", "declared and measured order, error constant and cost of every sampler"),
+    "frontier": Command("benchmarks.frontier:Frontier", "error against NFE on four problems, beside the best peers"),
     "samplers": Command("benchmarks.samplers:Samplers", "the table of samplers, printed or written into the README"),
     "speed": Command("benchmarks.speed:Speed", "what a normal and a step cost on this machine"),
 }

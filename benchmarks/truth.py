@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from scores import GaussianMixture
+from scores import GaussianMixture, Score
 from sde.noise import Draws, Source
 from sde.path import Path
 from sde.prediction import Knot
@@ -73,3 +74,24 @@ class Mixture1D:
             below = self.cdf(middle, t) < target
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return 0.5 * (low + high)
+
+
+def consistent_gaussian(path: Path, mean: float, variance: float, landings: Mapping[float, tuple[float, float]]) -> Score:
+    """The exact distilled network of N(mean, variance) in each dimension: at time s it predicts the x0 for which
+
+        alpha_d x0 + sigma_d eps,   eps = (x_s - alpha_s x0) / sigma_s,    (alpha_d, sigma_d) = landings[s],
+
+    is the point of x_s's own probability-flow trajectory at that level. (1, 0) is the consistency function; (1, origin) stands
+    for one whose value is a point at a small level, which is then used as x0 itself.
+    """
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        s = path.knot(float(t[0]))
+        alpha, sigma = landings[min(landings, key=lambda u: abs(u - s.t))]
+        ratio = math.sqrt((alpha**2 * variance + sigma**2) / (s.alpha**2 * variance + s.sigma**2))
+        point = alpha * mean + ratio * (x - s.alpha * mean)
+        if alpha == 1.0:  # the point itself
+            return point
+        return (point - (sigma / s.sigma) * x) / (alpha - sigma * s.alpha / s.sigma)
+
+    return Score(network, path, "x0")

@@ -100,6 +100,20 @@ class Exact(Predictor):
                 fields.update(zip(chosen, made, strict=True))
         return [_counted(self._reshaped(fields[i], x), tally) for i in range(len(knots))]
 
+    def each(self, knots: Sequence[Knot], x: Tensor, conditions: Mapping[str, Any], tally: Tally) -> Field:
+        """One function for a batch whose sample i is at ``knots[i]``; one NFE a call. Rows of both kinds cost two fields."""
+        self._check(x)
+        if conditions:
+            raise InputError(f"conditions {', '.join(conditions)}: {type(self).__name__} takes none")
+        levels64 = torch.tensor([(k.alpha, k.sigma) for k in knots], dtype=torch.float64)
+        alpha, sigma = levels64[:, :1], levels64[:, 1:]
+        in_eps = alpha >= sigma
+        made = [self._field(kind, alpha, sigma, self._flat(x)) for kind in ("eps", "x0")]
+        if bool(in_eps.all()) or not bool(in_eps.any()):
+            return _counted(self._reshaped(made[0] if bool(in_eps[0]) else made[1], x), tally)
+        where = in_eps.to(x.device)
+        return _counted(self._reshaped(lambda x: torch.where(where, made[0](x), made[1](x)), x), tally)
+
     def predict(self, x: Tensor, t: Any, **conditions: Any) -> Prediction:
         """The pair (x0, eps) at x (B, *event) and time t, a number or a tensor () or (B,)."""
         state, knot, back = self._entry(x, t, conditions)

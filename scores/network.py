@@ -163,6 +163,21 @@ class Score(Predictor):
             for k, row, factor, label in zip(knots, rows, factors, labels, strict=True)
         ]
 
+    def each(
+        self, knots: Sequence[Knot], x: Tensor, conditions: Mapping[str, Any], tally: Tally
+    ) -> Callable[[Tensor], Tensor]:
+        """One function for a batch whose sample i is at ``knots[i]``, prepared like those of ``at``. One NFE a call."""
+        self._check_mode()
+        t = torch.tensor([k.t for k in knots], dtype=torch.float64)
+        labels, scales = self._labels(t), self._scales(t)
+        if self.dtype is torch.float16:
+            _check_half_range(knots, [None] * len(knots) if scales is None else scales.tolist())
+        make = self._maker(x, conditions, tally)
+        for k, label in zip(knots, labels.tolist(), strict=True):
+            if not math.isfinite(label):
+                return _raising(f"label({k.t:g}) = {label:g} is not finite: stop the grid before t={k.t:g}")
+        return make(_label_dtype(labels, x), None if scales is None else per_sample(scales, x), None)
+
     def _prepared(self, knots: Sequence[Knot], x: Tensor) -> tuple[Sequence[Tensor], Sequence[Any], Sequence[float]]:
         """(labels for x's batch, input scalings, labels as numbers) at the knots. The last ones are kept: a plan asks again."""
         key = (x.shape[0], x.dtype, x.device, torch.is_inference_mode_enabled())

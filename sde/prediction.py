@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -132,6 +133,26 @@ class Predictor(ABC):
         Everything that needs the host (labels, scalings, transfers) is prepared here, so that no call syncs with a device.
         Each network call adds to ``tally``.
         """
+
+    def each(
+        self, knots: Sequence[Knot], x: Tensor, conditions: Mapping[str, Any], tally: Tally
+    ) -> Callable[[Tensor], Tensor]:
+        """One function for a batch whose sample i is at ``knots[i]``: state -> raw outputs y, in the row of each knot.
+
+        Prepared here and counted like the functions of ``at``. This form asks ``predict``, one call; a score that can do
+        better, or that counts otherwise, has its own.
+        """
+        t = torch.tensor([k.t for k in knots], dtype=torch.float64)
+        rows = torch.tensor([self.row(k) for k in knots], dtype=x.dtype).to(x.device)
+        a, b = (rows[:, i].reshape(-1, *(1,) * (x.dim() - 1)) for i in (0, 1))
+
+        def call(x: Tensor) -> Tensor:
+            tally.nfe += 1
+            tally.net_evals += 1
+            pair = self.predict(x, t, **conditions)
+            return a * pair.x0 + b * pair.eps
+
+        return call
 
     @abstractmethod
     def predict(self, x: Tensor, t: Any, **conditions: Any) -> Prediction:

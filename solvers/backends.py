@@ -54,7 +54,7 @@ class TorchDiffEq:
     adaptive = True
 
     def __post_init__(self) -> None:
-        _check_control(self)
+        check_control(self)
         if self.method not in (
             "dopri5",
             "dopri8",
@@ -77,7 +77,7 @@ class TorchDiffEq:
             out = Outcome(torch.cat([p.x for p in parts]), accepted, rejected)
         else:
             out = self._solve(evaluator, x, grid)
-        _only_step(after, grid, out.x, self.method)
+        only_step(after, grid, out.x, self.method)
         return out
 
     def _solve(self, evaluator: Evaluator, x: Tensor, grid: list[Knot], row: int = 0) -> Outcome:
@@ -146,7 +146,7 @@ class _Flow:
             raise _NotFinite(self.slope)
 
 
-def _check_control(solver: TorchDiffEq | TorchSDE) -> None:
+def check_control(solver: TorchDiffEq | TorchSDE) -> None:
     for name in ("rtol", "atol"):
         value = getattr(solver, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
@@ -160,7 +160,7 @@ class _NotFinite(Exception):
     """Leaves torchdiffeq's loop."""
 
 
-def _only_step(after: After, grid: list[Knot], x: Tensor, method: str) -> None:
+def only_step(after: After, grid: list[Knot], x: Tensor, method: str) -> None:
     """Callbacks of a solver that chooses its own steps: one, at the end."""
     if after is None:
         return
@@ -197,7 +197,7 @@ class TorchSDE:
     def __post_init__(self) -> None:
         if self.method not in ("euler", "milstein", "srk"):
             raise InputError(f"method={self.method!r}: use euler, milstein or srk")
-        _check_control(self)
+        check_control(self)
 
     @property
     def stages(self) -> int:
@@ -263,7 +263,7 @@ class TorchSDE:
                 after(i, y.reshape(x.shape))
         out = y.reshape(x.shape)
         if self.adaptive:
-            _only_step(after, grid, out, f"torchsde's adaptive {self.method}")
+            only_step(after, grid, out, f"torchsde's adaptive {self.method}")
         return Outcome(out, None, None)
 
 

@@ -240,6 +240,17 @@ def describe(bad: tuple[int, ...], batch: int) -> str:
     return f"{len(bad)} of {batch} samples (first: {bad[0]})"
 
 
+def bad_output(y: Tensor, knot: Knot, place: str, call: int, bad: tuple[int, ...], batch: int) -> NetworkError:
+    """The error of a network whose output y is not finite for the samples ``bad``, though its input is."""
+    kind = "NaN" if bool(y.isnan().any()) else "inf"
+    return NetworkError(
+        f"non-finite network output ({kind}) at {place}t={knot.t:.6g} (sigma {knot.sigma:.4g}), call {call}: "
+        f"{describe(bad, batch)}; its input was finite: check the network there",
+        t=knot.t,
+        samples=bad,
+    )
+
+
 class FiniteCheck(Predictor):
     """The score of a failed run's replay: stops at the first network output or state that is not finite.
 
@@ -264,6 +275,9 @@ class FiniteCheck(Predictor):
 
         return [checked(call, k) for call, k in zip(self.score.at(knots, x, conditions, tally), knots, strict=True)]
 
+    def each(self, knots: Sequence[Knot], x: Tensor, conditions: Mapping[str, Any], tally: Tally) -> Call:
+        return self.score.each(knots, x, conditions, tally)  # step control looks at what it computes itself
+
     def predict(self, x: Tensor, t: Any, **conditions: Any) -> Prediction:
         return self.score.predict(x, t, **conditions)
 
@@ -276,15 +290,9 @@ class FiniteCheck(Predictor):
         self._overflow(x, knot, self.step)
         bad = non_finite(y)
         if bad:
-            kind = "NaN" if bool(y.isnan().any()) else "inf"
-            raise NetworkError(
-                f"{self.solver}: non-finite network output ({kind}) at {self._place(self.step)}t={knot.t:.6g} "
-                f"(sigma {knot.sigma:.4g}), call {self.calls}: {describe(bad, len(y))}; its input was finite: check the "
-                "network there",
-                step=self.step,
-                t=knot.t,
-                samples=bad,
-            )
+            error = bad_output(y, knot, self._place(self.step), self.calls, bad, len(y))
+            error.step, error.args = self.step, (f"{self.solver}: {error}",)
+            raise error
 
     def after(self, i: int, x: Tensor, knot: Knot) -> None:
         self._overflow(x, knot, i)

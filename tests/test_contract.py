@@ -151,7 +151,8 @@ def test_calls_are_counted_at_the_network_for_given_steps(name):
             continue
         assert out.nfe == out.net_evals == spy.calls
         assert len(out.times) == steps + 1
-        assert (steps - 1) * SOLVERS[name].solver.stages < out.nfe <= steps * SOLVERS[name].solver.stages
+        least = 0 if getattr(SOLVERS[name].solver, "uneven", False) else (steps - 1) * SOLVERS[name].solver.stages
+        assert least < out.nfe <= steps * SOLVERS[name].solver.stages
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -499,7 +500,7 @@ def test_global_modes_of_torch_do_not_matter(name):
 @pytest.mark.parametrize("name", LINEAR)
 def test_what_the_network_predicts_does_not_matter(name, label):
     path = home(name) if label == "vp" else PATHS[label]
-    if label != "vp" and home(name) != VP():
+    if label != "vp" and name == "ddpm_discrete":
         pytest.skip("for variance-preserving paths only")
     gaussian = Gaussian(path, torch.tensor([0.4, -0.2, 0.1], dtype=torch.float64), std=0.6)
     times = GRIDS["log_snr"](path, 5, 0.98 * path.T, 0.01 * path.T)

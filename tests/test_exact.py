@@ -334,5 +334,5 @@ def test_the_command_line_says_what_is_wrong(tmp_path):
 
 
 for _kind_check in TRACEABLE:  # a traceable solver without a declared order would escape test_orders
-    if not kinds_of(_kind_check):
+    if not kinds_of(_kind_check) and SOLVERS[_kind_check].theory == "order":
         raise RuntimeError(f"{_kind_check} declares no order")
