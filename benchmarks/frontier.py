@@ -201,6 +201,8 @@ def errors(problem: str, level: str, given: Batch, solver: Any, grid: Any, nfe: 
         out = sample(_score(problem, level), x=given.x, solver=solver, nfe=nfe, grid=grid, start=where.start, stop=where.stop)
     except ToolkitError:
         return Errors(math.inf, math.inf)
+    if out.nfe > nfe:
+        raise ToolkitError(f"{solver} on {grid} used {out.nfe} calls of {nfe}")
     each = (out.x / where.path.knot(where.stop).alpha - given.truth).square().mean(1)
     return Errors(float(each.mean().sqrt()) / what.std, float(each.sqrt().median()) / what.std)
 

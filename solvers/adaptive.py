@@ -9,12 +9,22 @@ The error of a step is high - low of the pair, measured as in DPM-Solver (Lu et 
 
     E = rms(|high - low| / delta),   delta = max(atol, rtol max(|low|, |x|))
 
+with states taken at unit scale, divided by sqrt(alpha^2 + sigma^2), so that a tolerance means the same on every path;
 and the next step is h (1 + atan(F - 1)), F = E_n^-a E_{n-1}^-b E_{n-2}^-c, a PID controller with Soederlind's limiter (2003);
 a step is accepted where that factor is at least ``accept``. The high solution is kept, so the error at the end is
 proportional to the tolerance where the pair's orders are p and p - 1.
 
 Everything that decides a step is computed in an order that does not depend on the batch: sample i's steps, and its bits up to
-the network's own, are those it has alone. One decision a step needs the host (E, a number a sample); labels and coefficients of
+the network's own, are those it has alone. Step sizes are measured on a clock. The steps that a flow towards data wants are those of the "soft" half log-SNR
+
+    u = log((alpha + sigma) / (sigma + 0.001 alpha)),
+
+which is alpha / sigma near pure noise, lambda in between, and stops where sigma is 0.001 alpha: it is finite at both ends. A
+controller lets steps grow by up to 2.6; measured in t or sigma / alpha the steps must shrink all the way to the data, and one
+that grew instead is too long for its own error estimate: errors reach hundreds of tolerances there (and in lambda at the
+noise), with more rejected steps, and stay below ten on the soft clock.
+
+One decision a step needs the host (E, a number a sample); labels and coefficients of
 the whole step are moved right after it, while the device is idle, so nothing else waits.
 
 On the host a step costs about a millisecond a sample: for thousands of samples of a few numbers each the shared step of
@@ -219,12 +229,14 @@ class Adaptive:
     """A pair of solvers with step control, a step size a sample, from the first to the last time of the grid.
 
     pair        the two solvers, and with them the order and the calls a step
-    clock       what step sizes are measured in: "lam" (half log-SNR), "t", or "rho" (sigma / alpha)
+    clock       what step sizes are measured in: "soft", "lam" (half log-SNR), "t", or "rho" (sigma / alpha)
     rtol, atol  the tolerance of a step, for each sample by itself
+    unit        the tolerance is of the state at unit scale (False: of the state as it is)
     max_nfe     bound of network calls on the batch; what is reached then is the ``partial`` of a StepLimitError
     pcoeff, icoeff, dcoeff, accept
-                the controller: 0, 1, 0 and 0.81 are those of k-diffusion's dpm_adaptive
-    first       the first step, as a part of the whole way in the clock's measure
+                the controller; k-diffusion's dpm_adaptive has 0, 1, 0, 0.81 (and clock "lam", unit False)
+    first       the first step, as a part of the whole way on the clock: short, since nothing else keeps the first error
+                estimate from being fooled; steps grow fast
 
     Samples that have arrived leave the batch. ``nfe`` counts calls of the network (on those that are left), ``net_evals``
     samples through it in units of the whole batch, rounded up; ``accepted`` and ``rejected`` are sums over the samples. A
@@ -233,15 +245,16 @@ class Adaptive:
     """
 
     pair: Pair
-    clock: str = "lam"
+    clock: str = "soft"
     rtol: float = 1e-3
     atol: float = 1e-3
     max_nfe: int = 10_000
     pcoeff: float = 0.0
     icoeff: float = 1.0
     dcoeff: float = 0.0
-    accept: float = 0.81
-    first: float = 0.01
+    accept: float = 0.9
+    first: float = 0.002
+    unit: bool = True
 
     order = weak = strong = None
     stages = 1
@@ -249,7 +262,6 @@ class Adaptive:
     linear = False
     adaptive = True
     target = None
-    invariant = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.pair, Pair):
@@ -261,9 +273,15 @@ class Adaptive:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
                 raise InputError(f"{name}={value!r}: must be a number in (0, 1]")
+        if not isinstance(self.unit, bool):
+            raise InputError(f"unit={self.unit!r}: must be True or False")
         gains = (self.pcoeff, self.icoeff, self.dcoeff)
         if not all(isinstance(g, (int, float)) and math.isfinite(g) for g in gains) or sum(gains) <= 0.0:
             raise InputError(f"pcoeff, icoeff, dcoeff={gains!r:.80}: must be finite numbers with a sum > 0, such as 0, 1, 0")
+
+    @property
+    def invariant(self) -> bool:
+        return self.unit and self.clock != "t" and all(getattr(s, "invariant", False) for s in (self.pair.high, self.pair.low))
 
     def solve(self, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Draw, after: After = None) -> Outcome:
         run = _Run(self, evaluator, x.contiguous(), grid[0], grid[-1])
@@ -309,7 +327,7 @@ class _Run:
             if not math.isfinite(self.position(k)):
                 raise PathError(
                     f"{self.solver.clock} is infinite at t = {k.t:g} (alpha = {k.alpha:g}, sigma = {k.sigma:g}): give start or "
-                    "stop off it, such as t_min, or use step control in t"
+                    "stop off it, such as t_min, or the clock 'soft'"
                 )
         (whole,) = trace_steps(self.solver.pair, self.path, self.score.row, [(start, self.stop)])
         if not whole.error.terms:
@@ -324,7 +342,7 @@ class _Run:
         solver, samples = self.solver, self.active
         ends = self._ends()
         trials = trace_steps(solver.pair, self.path, self.score.row, [(s.at, t) for s, t in zip(samples, ends, strict=True)])
-        states, outputs, high, errors = self._execute(trials)
+        states, outputs, high, errors = self._execute(trials, ends)
         if not all(map(math.isfinite, errors)):
             errors = self._explain(trials, states, outputs, errors)
         kept = {trial.kept(t) for trial, t in zip(trials, ends, strict=True)}
@@ -361,7 +379,7 @@ class _Run:
                 )
         return ends
 
-    def _execute(self, trials: list[Trial]) -> tuple[list[Tensor], list[Tensor], Tensor, list[float]]:
+    def _execute(self, trials: list[Trial], ends: list[Knot]) -> tuple[list[Tensor], list[Tensor], Tensor, list[float]]:
         """(the states of the calls, their outputs, the high solution, E a sample): every row once for the whole batch."""
         x, calls = self.x, max(len(trial.states) for trial in trials)
         rest = [Form({0: 1.0})] * calls  # a trial with fewer calls sees its own start again
@@ -383,7 +401,7 @@ class _Run:
         high = _combine(table[:, calls], used[calls], registers)
         with torch.no_grad():
             error = _combine(table[:, calls + 1], used[calls + 1], registers)
-            errors = self._norms(x, high, error).tolist()
+            errors = self._norms(x, high, error, ends).tolist()
         return states, registers[1:], high, errors
 
     def _call(self, call: Any, knots: list[Knot], state: Tensor, tally: Tally) -> Tensor:
@@ -408,8 +426,12 @@ class _Run:
         self.work += (tally.net_evals - before[1]) * len(state) / len(self.out)
         return y.clone() if y.data_ptr() == state.data_ptr() else y
 
-    def _norms(self, x: Tensor, high: Tensor, error: Tensor) -> Tensor:
+    def _norms(self, x: Tensor, high: Tensor, error: Tensor, ends: list[Knot]) -> Tensor:
         """E of every sample, (B,)."""
+        if self.solver.unit:
+            scales = [[1.0 / math.hypot(k.alpha, k.sigma) for k in (s.at, t)] for s, t in zip(self.active, ends, strict=True)]
+            before, after = torch.tensor(scales, dtype=torch.float64).to(x).T.reshape(2, -1, *(1,) * (x.dim() - 1))
+            x, high, error = before * x, after * high, after * error
         size = torch.maximum((high - error).abs(), x.abs())
         delta = (self.solver.rtol * size).clamp_min(self.solver.atol)
         ratio = error / delta + (high - high)  # NaN where the state overflowed and delta with it

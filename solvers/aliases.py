@@ -30,14 +30,17 @@ _CFG_PP = "CFG++ is a guidance (the renoising uses the unconditional prediction)
 _GUIDED = "conditional sampling through the likelihood of an observation, not a step rule"
 _HIGH = "a Runge-Kutta method of more than 8 stages: fewer than two steps at 16 calls; use rk8 or dopri8 for that accuracy"
 _DIRK = (
-    "diagonally implicit: each stage solves an equation; fixed-point sweeps do not keep its stability, use gauss4 or radau_iia5"
+    "diagonally implicit: each stage solves an equation; fixed-point sweeps do not keep its stability, use gauss4 or radau_iia3"
 )
-_IMPLICIT = "use gauss4, gauss6, radau_iia3 or radau_iia5: the same family, orders 3 to 6"
+_IMPLICIT = "use gauss4 or radau_iia3; RungeKutta(fixed_point(tableau, sweeps)) makes any other of the family"
 _HYBRID = (
     "a hybrid of multistep and exponential Runge-Kutta: use dpmpp_3m_started, or unipc_3, of the same order for fewer calls"
 )
 _VARIANT = "another tableau of the same order and cost: use etdrk4, krogstad, strehmel_weiner or friedli"
 _SSP = "strong stability preserving at large steps, which a smooth flow does not ask for: use ssprk3 or ssprk43"
+_REVERSIBLE = (
+    "reversible by carrying a second state, which a run does not hand on yet; gauss4 with sweeps=40 comes back to 1e-9"
+)
 _OVERDAMPED = "a solver of Langevin dynamics in position and momentum with its own noise; see pc_ddpm_underdamped"
 
 ALIASES: dict[str, dict[str, Alias]] = {
@@ -45,7 +48,8 @@ ALIASES: dict[str, dict[str, Alias]] = {
         {
             "ddim": "DDIMScheduler DDIMInverseScheduler DDIMParallelScheduler CogVideoXDDIMScheduler",
             "ddpm": "DDPMScheduler DDPMParallelScheduler DDPMWuerstchenScheduler UnCLIPScheduler",
-            "dpmpp_2m_lower_final": "DPMSolverMultistepScheduler DPMSolverMultistepInverseScheduler EDMDPMSolverMultistepScheduler",
+            "dpmpp_2m_lower_final": "DPMSolverMultistepScheduler DPMSolverMultistepInverseScheduler "
+            "EDMDPMSolverMultistepScheduler",
             "dpmpp_2m_sde": "CogVideoXDPMScheduler CosineDPMSolverMultistepScheduler",
             "dpmpp_sde_published": "DPMSolverSDEScheduler",
             "dpmpp_2s": "DPMSolverSinglestepScheduler",
@@ -74,7 +78,8 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "DDIMScheduler": "its eta is ddim_eta's",
             "DDIMInverseScheduler": "encode(score, x, solver='ddim', ...)",
             "DPMSolverMultistepInverseScheduler": "encode with dpmpp_2m",
-            "DPMSolverMultistepScheduler": "solver_order=3: dpmpp_3m_published; solver_type heun: dpmpp_2m_heun; dpmsolver: dpm_2m; "
+            "DPMSolverMultistepScheduler": "solver_order=3: dpmpp_3m_published; solver_type heun: dpmpp_2m_heun; "
+            "dpmsolver: dpm_2m; "
             "sde-dpmsolver++: dpmpp_2m_sde",
             "DPMSolverSinglestepScheduler": "solver_order=3: dpmpp_3s; algorithm_type dpmsolver: dpm_solver_2, dpm_solver_3",
             "DEISMultistepScheduler": "its logrho weights are those of a polynomial in lambda",
@@ -85,11 +90,13 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "FlowMatchLCMScheduler": "on the Linear path",
         },
         {
-            _DISCRETE: "AmusedScheduler BlockRefinementScheduler DiscreteDDIMScheduler EntropyBoundScheduler VQDiffusionScheduler",
+            _DISCRETE: "AmusedScheduler BlockRefinementScheduler DiscreteDDIMScheduler EntropyBoundScheduler "
+            "VQDiffusionScheduler",
             "needs a flow-map network u(x, s, t) of two times": "FlowMapEulerDiscreteScheduler",
             "needs a network that predicts a policy, not a point": "PiflowScheduler",
             "changes the resolution between stages: a pipeline, not a step rule": "HeliosScheduler HeliosDMDScheduler",
-            "inpainting by jumping back and forth: the jumps are restart's, the rest belongs to the pipeline": "RePaintScheduler",
+            "inpainting by jumping back and forth: the jumps are restart's, the rest belongs to the pipeline": ""
+            "RePaintScheduler",
             "protein frames: the rotations are not on a Gaussian path": "RFD4ProteinaScheduler",
             "tied to one model's own stages and caches": "MiniMaxH3Scheduler",
         },
@@ -208,13 +215,11 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "rk5_butcher": "rk5_7s",
             "rk6_butcher": "rk6_7s",
             "rk_bosh3": "bogacki-shampine_4s",
-            "rk_dopri5": "dormand-prince_6s",
-            "rk_tsit5": "tsi_7s",
+            "chi_dopri5": "dormand-prince_6s",
+            "chi_tsit5": "tsi_7s",
             "euler": "euler",
             "gauss4": "gauss-legendre_2s",
-            "gauss6": "gauss-legendre_3s",
             "radau_iia3": "radau_iia_2s",
-            "radau_iia5": "radau_iia_3s radau_iia_3s_alt",
             "trapezoid": "lobatto_iiia_2s",
         },
         {
@@ -229,7 +234,8 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "lawson43-gen-mod_2h4s lawson44-gen-mod_3h4s lawson45-gen-mod_4h4s",
             _DIRK: "irk_exp_diag_2s kraaijevanger_spijker_2s qin_zhang_2s pareschi_russo_2s pareschi_russo_alt_2s crouzeix_2s "
             "crouzeix_3s crouzeix_3s_alt",
-            _IMPLICIT: "gauss-legendre_4s gauss-legendre_4s_alternating_a gauss-legendre_4s_ascending_a gauss-legendre_4s_alt "
+            _IMPLICIT: "gauss-legendre_3s radau_iia_3s radau_iia_3s_alt gauss-legendre_4s gauss-legendre_4s_alternating_a "
+            "gauss-legendre_4s_ascending_a gauss-legendre_4s_alt "
             "gauss-legendre_5s gauss-legendre_5s_ascending radau_ia_2s radau_ia_3s radau_iia_5s radau_iia_7s radau_iia_9s "
             "radau_iia_11s lobatto_iiia_3s lobatto_iiia_4s lobatto_iiib_2s lobatto_iiib_3s lobatto_iiib_4s lobatto_iiic_2s "
             "lobatto_iiic_3s lobatto_iiic_4s lobatto_iiic_star_2s lobatto_iiic_star_3s lobatto_iiid_2s lobatto_iiid_3s",
@@ -272,7 +278,7 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "ssprk43": "RKE3.SSPRK3_4",
             "rk_fehlberg5": "RKE5.Fehlberg",
             "edm_cash_karp5": "RKE5.CashKarp",
-            "rk_dopri5": "RKE5.DormandPrince",
+            "chi_dopri5": "RKE5.DormandPrince",
             "edm_ssprk3": "SSP.RK3_3",
         },
         {
@@ -280,21 +286,26 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "DPM3": "D2 at half its weight as released; dpmpp_3m has it right",
         },
         {
-            "beyond order four a multistep of first-order starts gains nothing: lms_4, or dpmpp_5m_started": "Adams5 Adams6 Adams7 "
+            "beyond order four a multistep of first-order starts gains nothing: lms_4, or dpmpp_5m_started": ""
+            "Adams5 Adams6 Adams7 "
             "Adams8 Adams9",
             "order one, the same as ddim": "UniP1",
-            "beyond order six the released weights lose their digits; use unipc_6": "UniP5 UniP6 UniP7 UniP8 UniP9 UniPC7 UniPC8 "
+            "beyond order six the released weights lose their digits; use unipc_6": "UniP5 UniP6 UniP7 UniP8 "
+            "UniP9 UniPC7 UniPC8 "
             "UniPC9",
             "a random blend of a predictor and a corrector; use unipc_3": "SPC",
-            "a frame for tableaux: RungeKutta(Tableau(...), variable)": "RKUltra DynasauRK RKMoire RK2Custom RK3Custom RK4Custom",
+            "a frame for tableaux: RungeKutta(Tableau(...), variable)": "RKUltra DynasauRK RKMoire RK2Custom "
+            "RK3Custom RK4Custom",
             "another two-stage tableau of order two: RungeKutta(Tableau(...), 'rho')": "RK2.Golden",
             "order one or two of its pair; use adaptive_heun": "RKE2.Fehlberg",
-            _HIGH: "RKZ.Stepanov10 RKZ.Ono10 RKZ.Harrier10 RKZ.Zhang10 RKZ.Feagin10 RKZ.Feagin12 RKZ.Feagin14 Shanks1965.RK8_10 "
+            _HIGH: "RKZ.Stepanov10 RKZ.Ono10 RKZ.Harrier10 RKZ.Zhang10 RKZ.Feagin10 RKZ.Feagin12 RKZ.Feagin14 "
+            "Shanks1965.RK8_10 "
             "Shanks1965.RK8_12",
             _SSP: "SSP.RK3_5 SSP.RK3_6 SSP.RK3_7 SSP.RK3_8 SSP.RK4_5 SSP.RK5_10",
             "weak stage order, for stiff boundary terms that the flow does not have: use the classical method of its order": ""
             "WSO.RK_3_2_2 WSO.RK_4_3_2 WSO.RK_5_3_3 WSO.RK_6_4_3 WSO.RK_7_4_4 WSO.RK_8_5_4 WSO.RK_9_5_5",
-            "reaches its order on quadratures only (Shanks' conditions are approximate): use rk5_butcher, rk6_butcher or edm_rk8": ""
+            "its order conditions hold approximately (Shanks): use rk5_butcher, rk6_butcher or edm_rk8": ""
+            ""
             "Shanks1965.RK5_5 Shanks1965.RK6_6 Shanks1965.RK7_7 Shanks1965.RK7_9",
         },
     ),
@@ -412,9 +423,7 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "implicit_midpoint": "implicit_midpoint",
             "trapezoid": "trapezoid",
             "radau_iia3": "radauIIA3",
-            "radau_iia5": "radauIIA5",
             "gauss4": "gl4",
-            "gauss6": "gl6",
         },
         {"rk4": "the 3/8 rule", "explicit_adams": "fixed order four here", "implicit_adams": "one correction a step"},
         {
@@ -422,6 +431,7 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "scipy on the host, one call a sample at a time: use dopri5": "scipy_solver",
             "of order one: an implicit Euler by sweeps is no more stable than euler; use implicit_midpoint": "implicit_euler",
             _DIRK: "sdirk2 trbdf2",
+            _IMPLICIT: "radauIIA5 gl6",
         },
     ),
     "torchode": _library(
@@ -435,10 +445,12 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "torchsde_milstein": "milstein",
             "torchsde_srk": "srk",
             "stochastic_heun": "heun euler_heun midpoint",
-            "reversible_heun": "reversible_heun adjoint_reversible_heun",
         },
-        {"heun": "Stratonovich and Ito are one here, the noise being additive", "reversible_heun": "eta = 0"},
-        {"its terms beyond Euler vanish for additive noise: torchsde_euler": "log_ode"},
+        {"heun": "Stratonovich and Ito are one here, the noise being additive"},
+        {
+            "its terms beyond Euler vanish for additive noise: torchsde_euler": "log_ode",
+            _REVERSIBLE: "reversible_heun adjoint_reversible_heun",
+        },
     ),
     "diffrax": _library(
         {
@@ -451,13 +463,10 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "adaptive_dopri5": "Dopri5",
             "dopri8": "Dopri8",
             "stochastic_heun": "EulerHeun",
-            "reversible_heun": "ReversibleHeun",
             "milstein": "ItoMilstein StratonovichMilstein",
             "sra1": "SRA1",
-            "belm": "LeapfrogMidpoint",
         },
         {
-            "LeapfrogMidpoint": "with the weights of unequal steps, in sigma/alpha",
             "EulerHeun": "one predictor and one corrector, the noise being additive",
         },
         {
@@ -466,6 +475,7 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "for systems in position and momentum": "SemiImplicitEuler",
             "additive noise of strong order 1.5 like sra1, by other stages": "SEA ShARK GeneralShARK SlowRK SPaRK",
             "step doubling around another solver: an adaptive pair does it for fewer calls": "HalfSolver",
+            _REVERSIBLE: "ReversibleHeun LeapfrogMidpoint",
             _OVERDAMPED: "ALIGN ShOULD QUICSORT",
         },
     ),
@@ -499,7 +509,6 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "gddim": "gDDIM",
             "seeds_3": "SEEDS",
             "restart": "Restart",
-            "belm": "BELM",
         },
         {
             "SiT.sde_euler": "its forms of the diffusion are eta as a function of t, or ReverseSDE(diffusion=...)",
@@ -507,7 +516,7 @@ ALIASES: dict[str, dict[str, Alias]] = {
         },
         {
             "EDM's churn around Euler: Churn(RungeKutta(EULER, 'rho'))": "physicsnemo.edm_stochastic_euler",
-            "two coupled states whose mixing loses the order: belm is reversible at order two": "EDICT BDIA",
+            _REVERSIBLE: "EDICT BDIA BELM",
         },
     ),
 }

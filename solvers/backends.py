@@ -26,11 +26,12 @@ After = Callable[[int, Tensor], Any] | None
 
 
 class Outcome(NamedTuple):
-    """What a back end hands back: the last state and its accepted and rejected steps."""
+    """What a run hands back: the last state, accepted and rejected steps of step control, the last step's carry."""
 
     x: Tensor
     accepted: int | None
     rejected: int | None
+    carry: Any = None
 
 
 @dataclass(frozen=True)

@@ -108,16 +108,16 @@ def march(
     knots: Sequence[Knot],
     noise: Noise,
     after: Callable[[int, Form], Form] | None = None,
-) -> Form:
-    """Apply ``solver`` along ``knots``. ``after(i, x)`` may replace the state after step i (the tracer names it, a recorder
-    copies it).
+    carry: Any = None,
+) -> Step:
+    """Apply ``solver`` along ``knots``: the last state and what its step hands on. ``after(i, x)`` may replace the state after
+    step i (the tracer names it, a recorder copies it); ``carry`` goes on from an earlier run.
     """
-    carry = None
     for i in range(len(knots) - 1):
         x, carry = solver.step(problem, x, knots[i], knots[i + 1], carry, noise)
         if after is not None:
             x = after(i, x)
-    return x
+    return Step(x, carry)
 
 
 def affine(row: Row, knot: Knot, c: float, d: float, what: str = "") -> tuple[float, float]:
@@ -207,13 +207,25 @@ class Evaluator:
         return Affine(x, self.output(x, knot), self.score.row(knot), knot)
 
 
+@dataclass(frozen=True)
+class Carry:
+    """The second half of a reversible solver's state at time ``t``, whose first half is ``Solution.x``."""
+
+    solver: Any
+    t: float
+    shape: tuple[int, ...]
+    dtype: Any
+    value: Any = field(repr=False)
+
+
 @dataclass
 class Solution:
     """What every solver returns.
 
     ``x`` is the state at ``times[-1]``; ``nfe`` counts calls of the network on the batch and ``net_evals`` batches through
     it, both counted where the network is called; ``times`` are the grid's; ``seconds`` is wall time. ``trajectory`` (steps +
-    1, B, ...) where asked for; ``accepted`` and ``rejected`` count the steps of adaptive solvers.
+    1, B, ...) where asked for; ``accepted`` and ``rejected`` count the steps of adaptive solvers. ``carry``, of reversible
+    solvers only, is what a run in the other direction must be given beside x to give the start back.
     """
 
     x: Tensor
@@ -225,6 +237,7 @@ class Solution:
     trajectory: Tensor | None = None
     accepted: int | None = None
     rejected: int | None = None
+    carry: Carry | None = None
 
 
 def non_finite(x: Tensor) -> tuple[int, ...]:

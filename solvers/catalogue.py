@@ -13,6 +13,7 @@ from sde.errors import InputError, nearest
 
 from . import exponential_tableaux as erk
 from . import tableaux as rk
+from .adaptive import Adaptive, Pair
 from .aliases import ALIASES, find
 from .backends import TorchDiffEq, TorchSDE
 from .base import BackEnd, Solver
@@ -69,6 +70,13 @@ def _exponential(what: str, tableau: erk.ExponentialTableau, target: str = "x0",
     return Entry(ExponentialRK(tableau, target), f"{what}{noise}, in {target}", by or tableau.source, eta)
 
 
+def _adaptive(tableau: rk.Tableau) -> Entry:
+    """The row of an embedded pair in t with step control per sample."""
+    pair = Pair(RungeKutta(tableau), RungeKutta(tableau.embedded))
+    what = f"the pair {tableau.order}({tableau.low_order}) in t, steps per sample"
+    return Entry(Adaptive(pair), what, tableau.source, theory="tolerance")
+
+
 _KARRAS = "Karras et al. 2022 (EDM)"
 _SONG = "Song et al. 2021 (score SDE)"
 _LU = "Lu et al. 2022 (DPM-Solver++)"
@@ -81,6 +89,7 @@ _CHEN = "Chen 2018 (torchdiffeq)"
 _LI = "Li et al. 2020 (torchsde)"
 _ROESSLER = "Roessler 2010 (SRA)"
 _DPM_2, _DPMPP_2S = ExponentialRK(erk.two_stage(exact=False), "eps"), ExponentialRK(erk.two_stage(exact=False), "x0")
+_DPM_3 = ExponentialRK(erk.three_stage(), "eps")
 _RF = "ComfyUI's rectified-flow ancestral split"
 _CUI = "Cui et al. 2023 (ER-SDE-Solver)"
 _DEIS = "Zhang & Chen 2022 (DEIS)"
@@ -99,8 +108,8 @@ def _moulton(order: int) -> AdamsMoulton:
 
 
 SOLVERS: dict[str, Entry] = {
-    # Runge-Kutta on the probability flow. Any other tableau in any other variable is RungeKutta(tableau, variable): DOPRI5, TSIT5
-    # and COOPER_VERNER8 in t have errors so small that rounding hides their order on some path, so they are no rows.
+    # Runge-Kutta on the probability flow. Any other tableau in any other variable is RungeKutta(tableau, variable): DOPRI5,
+    # TSIT5 and COOPER_VERNER8 in t have errors so small that rounding hides their order on some path, so they are no rows.
     "euler": Entry(RungeKutta(rk.EULER), "Euler in t", "Euler 1768"),
     "midpoint": Entry(RungeKutta(rk.MIDPOINT), "midpoint in t", "Runge 1895"),
     "heun": Entry(RungeKutta(rk.HEUN), "Heun in t", "Heun 1900"),
@@ -387,6 +396,21 @@ SOLVERS: dict[str, Entry] = {
     "dopri8": Entry(TorchDiffEq("dopri8"), "adaptive order 8", _CHEN, theory="tolerance"),
     "bosh3": Entry(TorchDiffEq("bosh3"), "adaptive order 3", _CHEN, theory="tolerance"),
     "adaptive_heun": Entry(TorchDiffEq("adaptive_heun"), "adaptive order 2", _CHEN, theory="tolerance"),
+    "adaptive_bosh3": _adaptive(rk.BOSH3),
+    "adaptive_dopri5": _adaptive(rk.DOPRI5),
+    "adaptive_tsit5": _adaptive(rk.TSIT5),
+    "dpm_adaptive": Entry(
+        Adaptive(Pair(_DPM_3, ExponentialRK(erk.two_stage(1 / 3, exact=False), "eps")), rtol=0.05, atol=0.0078),
+        "DPM-Solver-2 and -3, steps per sample",
+        _DPM,
+        theory="tolerance",
+    ),
+    "dpm_adaptive_12": Entry(
+        Adaptive(Pair(_DPM_2, Multistep(1, "eps")), rtol=0.05, atol=0.0078),
+        "DPM-Solver-1 and -2, steps per sample",
+        _DPM,
+        theory="tolerance",
+    ),
     "torchsde_euler": Entry(TorchSDE("euler"), "Euler-Maruyama by torchsde", _LI, eta=1.0),
     "torchsde_milstein": Entry(
         TorchSDE("milstein"), "Milstein by torchsde; the same here, the noise being additive", _LI, eta=1.0

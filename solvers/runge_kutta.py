@@ -137,8 +137,9 @@ class RungeKutta:
 
     @property
     def end_rule(self) -> str:
-        one = 1.0 in self.tableau.c[1 : self.stages]
-        return "order 1 at sigma = 0" if one or self.variable not in ("t", "rho") else "as any step"
+        if self.variable in ("t", "rho") and 1.0 not in self.tableau.c[: self.stages]:
+            return "as any step"
+        return "order 1 where the velocity is infinite" if self.variable == "t" else "order 1 at sigma = 0"
 
     @property
     def reduced(self) -> RungeKutta:

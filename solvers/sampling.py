@@ -27,7 +27,7 @@ from sde.prediction import Knot, Predictor
 from sde.problem import ProbabilityFlow, ReverseSDE
 
 from .backends import Outcome
-from .base import Evaluator, FiniteCheck, Solution, Solver, march, non_finite
+from .base import Carry, Evaluator, FiniteCheck, Solution, Solver, Step, march, non_finite
 from .catalogue import resolve
 from .grids import make_grid
 from .plan import Call, Plan, _eta_function, execute, trace_solver
@@ -82,6 +82,7 @@ def sample(
     conditions: Mapping[str, Any] | None = None,
     grad: bool = False,
     progress: bool = False,
+    carry: Carry | None = None,
 ) -> Solution:
     """Samples: the score's reverse SDE or probability flow, integrated from noise at ``start`` to ``stop``.
 
@@ -93,7 +94,7 @@ def sample(
     seed    : sample i is a function of (seed, i) alone; seeds= gives one seed a sample
     noise   : "white" (independent), "brownian" (a path that all grids share), or a source of sde.noise
     dtype   : of the state (default float32, or float64 where the network's parameters are);  device: of the state
-    callback, trajectory, conditions, grad, progress: as for ``integrate``
+    callback, trajectory, conditions, grad, progress, carry: as for ``integrate``
     """
     _check_score(score)
     name, solver, eta = resolve(solver, eta)
@@ -113,7 +114,7 @@ def sample(
         _check_state(x)
         if dtype is not None or device is not None:
             x = x.to(device=device or x.device, dtype=dtype or x.dtype)
-    extras = _Extras(callback, trajectory, conditions, grad, progress)
+    extras = _Extras(callback, trajectory, conditions, grad, progress, carry)
     return _run(solver, name, score, eta, x, times, source, extras)
 
 
@@ -132,6 +133,7 @@ def encode(
     conditions: Mapping[str, Any] | None = None,
     grad: bool = False,
     progress: bool = False,
+    carry: Carry | None = None,
 ) -> Solution:
     """Data (at time ``stop``) to noise (at ``start``) along the probability flow: ``sample`` on the reversed grid, same
     names, same solvers.
@@ -146,7 +148,7 @@ def encode(
         )
     solver, times = _plan_times(solver, name, score.path, nfe, steps, grid, start, stop, eta, backwards=True)
     _check_state(x)
-    return _run(solver, name, score, 0.0, x, times, White(), _Extras(callback, trajectory, conditions, grad, progress))
+    return _run(solver, name, score, 0.0, x, times, White(), _Extras(callback, trajectory, conditions, grad, progress, carry))
 
 
 def integrate(
@@ -164,6 +166,7 @@ def integrate(
     conditions: Mapping[str, Any] | None = None,
     grad: bool = False,
     progress: bool = False,
+    carry: Carry | None = None,
 ) -> Solution:
     """Any solver on any problem between given times.
 
@@ -175,6 +178,7 @@ def integrate(
     conditions : mapping of keyword arguments for the network
     grad       : build the autograd graph (default: no gradient)
     progress   : a progress bar
+    carry      : the ``carry`` of an earlier run with the same reversible solver, whose x and last time this one starts from
     """
     if isinstance(problem, (ReverseSDE, ProbabilityFlow)):
         if problem.score is None:
@@ -189,7 +193,7 @@ def integrate(
     eta = _check_eta(solver, name, eta)
     _check_state(x)
     times, source = _check_times(times, score.path), _source(noise, seed, seeds)
-    extras = _Extras(callback, trajectory, conditions, grad, progress)
+    extras = _Extras(callback, trajectory, conditions, grad, progress, carry)
     return _run(solver, name, score, eta, x, times, source, extras, traced=traced)
 
 
@@ -235,6 +239,7 @@ class _Extras:
     conditions: Mapping[str, Any] | None
     grad: bool
     progress: bool
+    carry: Carry | None = None
 
     def __post_init__(self) -> None:
         for name in ("trajectory", "grad", "progress"):
@@ -265,10 +270,11 @@ def _run(
 ) -> Solution:
     began = time.perf_counter()
     trajectory, grad = extras.trajectory, extras.grad
-    if plan is None and traced and solver is not None and solver.linear:
+    reversible = getattr(solver, "reversible", False)
+    _check_carry(extras.carry, solver if reversible else None, name, state := _working(x), times[0])
+    if plan is None and traced and solver is not None and solver.linear and not reversible:  # its march hands the carry on
         plan = trace_solver(solver, score.path, times, eta, name)
     grid = list(plan.grid) if plan is not None else score.path.knots(times, grid=True)
-    state = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     evaluator = Evaluator(score, state, extras.conditions or {}, _eta_function(eta) if not isinstance(eta, tuple) else _no_eta)
     if x.numel() == 0:
         states = x.detach().clone().expand(len(times), *x.shape) if trajectory else None
@@ -280,9 +286,10 @@ def _run(
     with torch.set_grad_enabled(grad), _running(score), recorder:
         draw = _drawer(source, state)
         after = recorder.after if recorder.active else None
-        out, accepted, rejected = _advance(solver, name, plan, evaluator, state, grid, draw, after, not grad)
+        start = None if extras.carry is None else extras.carry.value
+        out, accepted, rejected, last = _advance(solver, name, plan, evaluator, state, grid, draw, after, not grad, start)
         if non_finite(out):
-            _explain(solver, name, plan, evaluator, state, grid, _drawer(source, state))
+            _explain(solver, name, plan, evaluator, state, grid, _drawer(source, state), start)
     states = None if recorder.states is None else torch.stack(recorder.states)
     seconds = time.perf_counter() - began
     return Solution(
@@ -295,7 +302,32 @@ def _run(
         trajectory=states,
         accepted=accepted,
         rejected=rejected,
+        carry=Carry(solver, times[-1], tuple(out.shape), out.dtype, last) if reversible else None,
     )
+
+
+def _working(x: Tensor) -> Tensor:
+    """The state as solvers see it: float32 at least."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _check_carry(carry: Any, solver: Any, name: str, x: Tensor, t: float) -> None:
+    """A carry belongs to the state and time where its own reversible solver left it."""
+    if carry is None:
+        return
+    if not isinstance(carry, Carry):
+        raise InputError(f"carry is a {type(carry).__name__}: give the .carry of an earlier run, out.carry")
+    if solver is None:
+        raise InputError(f"carry is given, but {name!r} is not reversible: leave it out, or use 'reversible_heun' or 'belm'")
+    if carry.solver != solver:
+        raise InputError(f"carry is one of {carry.solver!s:.100}, not of {name!r}: use the solver that made it")
+    if carry.shape != tuple(x.shape) or carry.dtype != x.dtype:
+        raise InputError(
+            f"carry is of a state {carry.shape} in {carry.dtype}, x is {tuple(x.shape)} in {x.dtype}: give the x and the carry of "
+            "one run"
+        )
+    if carry.t != t:
+        raise InputError(f"carry is of t = {carry.t:g}, but this run starts at t = {t:g}: run the same times in reverse")
 
 
 def _advance(
@@ -308,13 +340,15 @@ def _advance(
     draw: Any,
     after: Any,
     in_place: bool,
+    carry: Any = None,
 ) -> Outcome:
     """From the first knot to the last: by the table, by the library's own loop, or step by step."""
     if plan is not None:
         return Outcome(_run_plan(plan, evaluator, x, draw, after, in_place), None, None)
     if hasattr(solver, "solve"):
         return _solve(solver, name, evaluator, x, grid, draw, after)
-    return Outcome(_march(solver, name, evaluator, x, grid, draw, after), None, None)
+    out, last = _march(solver, name, evaluator, x, grid, draw, after, carry)
+    return Outcome(out, None, None, last)
 
 
 def _run_plan(plan: Plan, evaluator: Evaluator, x: Tensor, draw: Any, after: Any, in_place: bool) -> Tensor:
@@ -340,7 +374,9 @@ def _step_of(plan: Plan, k: int) -> int:
     return sum(register in done for register in plan.states[1:])
 
 
-def _march(solver: Solver, name: str, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Any, after: Any) -> Tensor:
+def _march(
+    solver: Solver, name: str, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Any, after: Any, carry: Any
+) -> Step:
     evaluator.prepare(grid)
     count = iter(range(1 << 62))
 
@@ -357,7 +393,7 @@ def _march(solver: Solver, name: str, evaluator: Evaluator, x: Tensor, grid: lis
         return state
 
     try:
-        return march(solver, evaluator, x, grid, noise, keep)
+        return march(solver, evaluator, x, grid, noise, keep, carry)
     except NetworkError as error:
         _locate(error, name, step, len(grid) - 1)
         raise
@@ -381,7 +417,9 @@ def _locate(error: NetworkError, name: str, step: int, steps: int) -> None:
     error.args = (f"{name}, step {step + 1}/{steps}: {text}" if steps else f"{name}: {text}",)
 
 
-def _explain(solver: Any, name: str, plan: Plan | None, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Any) -> None:
+def _explain(
+    solver: Any, name: str, plan: Plan | None, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Any, carry: Any
+) -> None:
     """The end is not finite: runs are deterministic, so a replay with checks finds the step, the time and the samples."""
     steps = 0 if getattr(solver, "adaptive", False) else len(grid) - 1
     check = FiniteCheck(evaluator.score, name, steps)
@@ -390,7 +428,7 @@ def _explain(solver: Any, name: str, plan: Plan | None, evaluator: Evaluator, x:
     def after(i: int, state: Tensor) -> None:
         check.after(i, state, grid[i + 1])
 
-    out = _advance(solver, name, plan, replay, x, grid, draw, after if steps else None, True).x
+    out = _advance(solver, name, plan, replay, x, grid, draw, after if steps else None, True, carry).x
     check.after(len(grid) - 2, out, grid[-1])
     raise NetworkError(
         f"{name}: the result is not finite, but a replay was: the network is not deterministic; check dropout and its buffers"
@@ -503,18 +541,27 @@ def _plan_times(
         from dataclasses import replace
 
         return replace(solver, max_nfe=min(budget, solver.max_nfe)), times(1)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType, reportCallIssue]
-    if budget < solver.stages:
-        low = getattr(solver, "reduced", None)
+    if hasattr(solver, "spending"):
+        solver = solver.spending(budget, solver.target)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def cost(n: int) -> int:
+        """Calls of n steps: a start or an end may cost more or less than ``stages`` a step."""
+        return trace_solver(solver, path, times(n), eta, name).nfe if solver.linear else n * solver.stages
+
+    if budget < solver.stages or cost(1) > budget:
+        low, least = getattr(solver, "reduced", None), max(solver.stages, cost(1))
         if low is None or low.stages > budget:
-            raise InputError(f"nfe={budget}: a step of {name!r} costs {solver.stages} network calls; give at least that")
+            raise InputError(f"nfe={budget}: a step of {name!r} costs {least} network calls; give at least that")
         warnings.warn(
-            f"nfe={budget}: a step of {name!r} costs {solver.stages} network calls; one step of its lower order is used",
+            f"nfe={budget}: a step of {name!r} costs {least} network calls; one step of its lower order is used",
             BudgetWarning,
             4,
         )
         solver = low
     n = max(1, budget // solver.stages)
-    while solver.linear and trace_solver(solver, path, times(n + 1), eta, name).nfe <= budget:
+    while n > 1 and cost(n) > budget:
+        n -= 1
+    while cost(n + 1) <= budget:
         n += 1
     return solver, times(n)
 

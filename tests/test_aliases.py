@@ -69,7 +69,8 @@ NAMES = {
         multistep_dpmsolver_2 multistep_dpmsolver_3 singlestep_dpmsolver++_1 singlestep_dpmsolver++_2 singlestep_dpmsolver++_3
         singlestep_dpmsolver_1 singlestep_dpmsolver_2 singlestep_dpmsolver_3 singlestep_fixed adaptive_2 adaptive_3
         UniPC_bh1 UniPC_bh2 UniPC_vary_coeff DPM-Solver-v3""",
-    "flow_matching": "euler midpoint rk4 heun3 dopri5 riemannian_euler riemannian_midpoint riemannian_rk4 MixtureDiscreteEulerSolver",
+    "flow_matching": """euler midpoint rk4 heun3 dopri5 riemannian_euler riemannian_midpoint riemannian_rk4
+        MixtureDiscreteEulerSolver""",
     "torchdiffeq": """dopri8 dopri5 bosh3 fehlberg2 adaptive_heun euler midpoint heun2 heun3 rk4 explicit_adams implicit_adams
         fixed_adams scipy_solver tsit5 implicit_euler implicit_midpoint trapezoid radauIIA3 gl4 radauIIA5 gl6 sdirk2 trbdf2""",
     "torchode": "euler heun dopri5 tsit5",

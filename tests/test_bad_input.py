@@ -779,7 +779,7 @@ def test_an_empty_batch_is_returned_without_a_call(solver):
 def test_states_of_any_shape(solver):
     path = VP(0.1, 0.9)
     for shape in ((1,), (3,), (1, 1), (2, 1, 1, 1, 1), (2, 2, 1, 2, 2), (1, 7)):
-        out = sample(Score(network, path, "x0"), shape, solver=solver, nfe=300 if "nfe" in budget(solver) else 8)
+        out = sample(Score(network, path, "x0"), shape, solver=solver, nfe=300 if "nfe" in budget(solver) else 24)
         assert out.x.shape == shape
         assert out.x.isfinite().all()
 

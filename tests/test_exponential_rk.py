@@ -43,7 +43,7 @@ TABLEAUX = (
     erk.three_stage(exact=True),
     erk.three_stage(0.25, 0.8),
     erk.refined(),
-    erk.refined(0.3, 0.7),
+    erk.refined(0.9, 0.4),
     erk.ETD3RK,
     erk.ETD4RK,
     erk.KROGSTAD,

@@ -15,7 +15,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_parity import (
     EDM_SCORE,
@@ -91,7 +91,7 @@ def by_mpmath(s, t, nodes, target, basis, r):
 @pytest.mark.parametrize(
     ("target", "basis"), [(target, basis) for target in ("x0", "eps") for basis in EXACT_TIME] + [("velocity", "t")]
 )
-@settings(max_examples=8)
+@settings(max_examples=8, phases=(Phase.explicit, Phase.reuse, Phase.generate))  # mpmath is too slow to shrink with
 @given(
     start=st.floats(-2.0, 2.0),
     h=st.floats(1e-3, 3.0),
@@ -113,6 +113,18 @@ def test_weights_are_the_integrals_of_the_lagrange_polynomials(target, basis, st
     assert np.abs(np.array(weights) - exact).max() <= (1e-11 + 50 * slack) * np.abs(exact).max()
     total = {"x0": -math.expm1(-r * sign * h), "eps": r * math.expm1(sign * h), "velocity": t.t - s.t}[target]
     assert math.fsum(weights) == pytest.approx(total, rel=1e-10, abs=1e-12 * np.abs(exact).sum())
+
+
+@pytest.mark.parametrize(("eta", "h"), [(0.0, 1e-6), (0.0, 14.0), (1.0, 12.0), (3.0, 10.0), (5.0, 12.0)])
+def test_weights_of_very_long_and_very_short_steps(eta, h):
+    """The kernel e^{-r(h-u)} falls by up to e^312 over the step: a line's weights in closed form."""
+    path, r = EDM(), 1.0 + eta * eta
+    s, before = path.knot_at(-4.0), path.knot_at(-4.3)
+    t = path.knot_at(-4.0 + h)
+    length = t.lam - s.lam
+    slope = (length + math.expm1(-r * length) / r if r * length > 1e-3 else r * length**2 * phi(2, -r * length)) / 0.3
+    exact = [-math.expm1(-r * length) + slope, -slope]
+    assert exact_weights(path, s, t, [s, before], "x0", "lam", r) == pytest.approx(exact, rel=1e-11)
 
 
 @given(z=st.floats(-40.0, 40.0), k=st.integers(0, 5))

@@ -25,9 +25,11 @@ def plan_of(name, n=60):
 
 @pytest.mark.parametrize("name", TRACEABLE)
 def test_rows_stay_short(name):
-    """A row combines what one step needs. Forms that grow from step to step would make a run quadratic in the steps."""
+    """A row combines what one step needs: a velocity is two registers, and a four-step corrector five velocities. Forms that
+    grow from step to step would make a run quadratic in the steps.
+    """
     plan = plan_of(name)
-    assert max(len(row.terms) for row in plan.rows if isinstance(row, Lin)) <= 8
+    assert max(len(row.terms) for row in plan.rows if isinstance(row, Lin)) <= 10
     assert len(plan.rows) <= 12 * plan.steps * max(SOLVERS[name].solver.stages, 1)
     assert plan.nfe == sum(isinstance(row, Call) for row in plan.rows)
 

@@ -265,7 +265,7 @@ def test_every_name_with_a_table_can_be_compared() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"solvers": ("dpmpp_m2",)}, "did you mean 'dpmpp_2m"),
+        ({"solvers": ("dpmpp_2mm",)}, "did you mean 'dpmpp_2m"),
         ({"problems": ("mixtures",)}, "did you mean 'mixture'"),
         ({"grid": "karas"}, "did you mean 'karras'"),
         ({"nfe": (8, 4)}, "increasing"),

@@ -10,6 +10,7 @@ from pathlib import Path as File
 
 import pytest
 
+from benchmarks import orders
 from benchmarks.__main__ import COMMANDS
 from benchmarks.samplers import with_table
 from solvers import GRIDS, SOLVERS
@@ -29,6 +30,22 @@ def test_the_python_blocks_run_in_order(capsys):
     for block in code:
         exec(compile(block, "README.md", "exec"), scope)  # noqa: S102
     assert "torch.Size([64, 2])" in capsys.readouterr().out
+
+
+def test_the_page_on_adding_a_sampler_adds_samplers(monkeypatch, capsys):
+    """Its rows run and their orders are as declared, with no test changed for them."""
+    text = (ROOT / "docs" / "adding_a_sampler.md").read_text(encoding="utf-8")
+    known, scope = dict(SOLVERS), dict[str, object]()
+    try:
+        for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+            exec(compile(block, "adding_a_sampler.md", "exec"), scope)  # noqa: S102
+        added = set(SOLVERS) - set(known)
+        assert len(added) == 3
+        assert all(orders.measure(name, "ode", "VP").deviation <= orders.TOLERANCE for name in added)
+    finally:
+        SOLVERS.clear()
+        SOLVERS.update(known)
+    assert capsys.readouterr().out.count("2.0 2.0 ") == 2
 
 
 def test_the_table_is_the_catalogue():
