@@ -43,7 +43,7 @@ from torch import Tensor
 
 from sde.errors import InputError, NetworkError, PathError, StepLimitError
 from sde.path import Path
-from sde.prediction import Knot, Prediction, Row, Tally
+from sde.prediction import Knot, Prediction, Row
 
 from .backends import After, Draw, Outcome, check_control, only_step
 from .base import Affine, Evaluator, Solver, bad_output, non_finite
@@ -216,10 +216,10 @@ CLOCKS: dict[str, tuple[Callable[[Knot], float], Callable[[float], Ask]]] = {
 
 @dataclass
 class _Sample:
-    """Where a sample is: its row in the batch, its knot, its step size, 1 / E of its last two accepted steps."""
+    """Where a sample is, the knot its last step came from, its step size, and 1 / E of its last two accepted steps."""
 
-    row: int
     at: Knot
+    before: Knot
     h: float
     past: tuple[float, float] | None = None
 
@@ -238,9 +238,10 @@ class Adaptive:
     first       the first step, as a part of the whole way on the clock: short, since nothing else keeps the first error
                 estimate from being fooled; steps grow fast
 
-    Samples that have arrived leave the batch. ``nfe`` counts calls of the network (on those that are left), ``net_evals``
-    samples through it in units of the whole batch, rounded up; ``accepted`` and ``rejected`` are sums over the samples. A
-    rejected step keeps its first evaluation. Fails where the pair gives no error estimate: at a last time where the slope is
+    The network always sees the whole batch in its place, since it may hold something for every row (labels, guidance): a
+    sample that has arrived stays, unchanged, and a run costs the calls of its slowest sample. ``accepted`` and ``rejected`` are
+    sums over the samples. Where every sample's last step was rejected, or ended in an evaluation that the next one starts
+    with (FSAL), that call is saved. Fails where the pair gives no error estimate: at a last time where the slope is
     infinite (sigma'(0) of VP), or at a start or end that is infinite on the clock.
     """
 
@@ -286,15 +287,13 @@ class Adaptive:
     def solve(self, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Draw, after: After = None) -> Outcome:
         run = _Run(self, evaluator, x.contiguous(), grid[0], grid[-1])
         try:
-            while run.active:
+            while any(run.moving):
                 run.round()
         except NetworkError as error:
             error.step = run.accepted
             raise
-        finally:
-            evaluator.tally.net_evals += math.ceil(run.work - 1e-9)
-        only_step(after, grid, run.out, "step control")
-        return Outcome(run.out, run.accepted, run.rejected)
+        only_step(after, grid, run.x, "step control")
+        return Outcome(run.x, run.accepted, run.rejected)
 
     def factor(self, error: float, past: tuple[float, float] | None) -> tuple[float, float]:
         """(the factor of the step size, 1 / E) after a step of this error; ``past`` the 1 / E of the two steps before."""
@@ -308,18 +307,22 @@ class Adaptive:
 
 
 class _Run:
-    """One run: ``x`` holds the samples on their way, ``out`` the batch as far as it has arrived."""
+    """One run: the batch on its way from ``start`` to ``stop``."""
 
     def __init__(self, solver: Adaptive, evaluator: Evaluator, x: Tensor, start: Knot, stop: Knot) -> None:
-        self.solver, self.evaluator, self.stop = solver, evaluator, stop
+        self.solver, self.evaluator, self.stop, self.x = solver, evaluator, stop, x
         self.path, self.score = evaluator.path, evaluator.score
         self.position, self.ask = CLOCKS[solver.clock]
         self.way = self._way(start)
-        self.x = self.out = x
-        self.active = [_Sample(i, start, solver.first * abs(self.way)) for i in range(len(x))]
-        self.kept: Tensor | None = None  # the network's outputs at the states x, where all are known
+        self.samples = [_Sample(start, start, solver.first * abs(self.way)) for _ in x]
+        self.kept: Tensor | None = None  # the network's outputs at x, where all that are on their way know them
+        self.first = evaluator.tally.nfe
         self.accepted = self.rejected = 0
-        self.used, self.work = 0, 0.0
+
+    @property
+    def moving(self) -> list[bool]:
+        """Which samples have not arrived yet."""
+        return [s.at is not self.stop for s in self.samples]
 
     def _way(self, start: Knot) -> float:
         """From start to stop on the clock; refused before the first call where the pair cannot make it."""
@@ -339,145 +342,131 @@ class _Run:
 
     def round(self) -> None:
         """One step of every sample on its way, accepted or not."""
-        solver, samples = self.solver, self.active
-        ends = self._ends()
-        trials = trace_steps(solver.pair, self.path, self.score.row, [(s.at, t) for s, t in zip(samples, ends, strict=True)])
-        states, outputs, high, errors = self._execute(trials, ends)
+        solver, moving, ends = self.solver, self.moving, self._ends()
+        going = [i for i, on in enumerate(moving) if on]
+        made = trace_steps(solver.pair, self.path, self.score.row, [(self.samples[i].at, ends[i]) for i in going])
+        calls = max(len(trial.states) for trial in made)
+        trials = [_idle(s.before, calls) for s in self.samples]
+        for i, trial in zip(going, made, strict=True):
+            trials[i] = trial
+        states, outputs, high, errors = self._execute(trials, ends, calls)
         if not all(map(math.isfinite, errors)):
             errors = self._explain(trials, states, outputs, errors)
-        kept = {trial.kept(t) for trial, t in zip(trials, ends, strict=True)}
-        took = list[bool]()
-        for sample, end, error in zip(samples, ends, errors, strict=True):
-            factor, inverse = solver.factor(error, sample.past)
-            took.append(factor >= solver.accept)
+        kept = {trial.kept(ends[i]) for i, trial in zip(going, made, strict=True)}
+        took = [False] * len(ends)
+        for i in going:
+            sample = self.samples[i]
+            factor, inverse = solver.factor(errors[i], sample.past)
             sample.h *= factor
-            if took[-1]:
-                sample.at, sample.past = end, (inverse, (sample.past or (inverse,))[0])
+            if factor >= solver.accept:
+                took[i] = True
+                sample.at, sample.before = ends[i], sample.at
+                sample.past = inverse, (sample.past or (inverse,))[0]
         self.accepted += sum(took)
-        self.rejected += len(took) - sum(took)
+        self.rejected += len(going) - sum(took)
         self._move(took, high, outputs, kept.pop() if len(kept) == 1 else None)
 
     def _ends(self) -> list[Knot]:
         """Where the samples' steps lead: the last time is hit exactly."""
         places, asked = list[float | None](), list[Ask]()
-        for s in self.active:
+        for s in self.samples:
             here = self.position(s.at)
-            left = self.position(self.stop) - here
-            lands = s.h >= abs(left) * (1.0 - 1e-9)
+            lands = s.h >= abs(self.position(self.stop) - here) * (1.0 - 1e-9)
             places.append(None if lands else here + math.copysign(s.h, self.way))
             asked += [] if lands else [self.ask(places[-1] or 0.0)]
         knots = iter(knots_at(self.path, asked))
         ends = [self.stop if place is None else next(knots) for place in places]
-        for s, end in zip(self.active, ends, strict=True):
-            if end.t == s.at.t:
+        for i, (s, end) in enumerate(zip(self.samples, ends, strict=True)):
+            if end.t == s.at.t and end is not self.stop:
                 raise StepLimitError(
-                    f"the step size vanished at t = {s.at.t:g} (sample {s.row}): the field is too steep there; raise the "
+                    f"the step size vanished at t = {s.at.t:g} (sample {i}): the field is too steep there; raise the "
                     f"tolerances (rtol={self.solver.rtol:g}) or stop earlier",
                     t=s.at.t,
                     rejected=self.rejected,
-                    partial=self._partial(),
+                    partial=self.x,
                 )
         return ends
 
-    def _execute(self, trials: list[Trial], ends: list[Knot]) -> tuple[list[Tensor], list[Tensor], Tensor, list[float]]:
+    def _execute(
+        self, trials: list[Trial], ends: list[Knot], calls: int
+    ) -> tuple[list[Tensor], list[Tensor], Tensor, list[float]]:
         """(the states of the calls, their outputs, the high solution, E a sample): every row once for the whole batch."""
-        x, calls = self.x, max(len(trial.states) for trial in trials)
+        x, score, conditions, tally = self.x, self.score, self.evaluator.conditions, self.evaluator.tally
         rest = [Form({0: 1.0})] * calls  # a trial with fewer calls sees its own start again
         tables = [[*(trial.states + rest)[:calls], trial.high, trial.error] for trial in trials]
         numbers = [[[form.terms.get(r, 0.0) for r in range(calls + 1)] for form in table] for table in tables]
         table = torch.tensor(numbers, dtype=torch.float64)
         used = (table != 0.0).any(0).tolist()
         table = table.to(device=x.device, dtype=x.dtype).reshape(*table.shape, *(1,) * (x.dim() - 1))
-        conditions = rows_of(self.evaluator.conditions, [s.row for s in self.active], len(self.out))
-        tally, network = Tally(), list[Any]()
-        for j in range(calls):
-            knots = [(trial.knots + [s.at] * calls)[j] for trial, s in zip(trials, self.active, strict=True)]
-            ready = j == 0 and self.kept is not None
-            network.append(None if ready else (self.score.each(knots, x, conditions, tally), knots))
-        registers, states = [x], list[Tensor]()
-        for j, call in enumerate(network):
-            states.append(x if j == 0 else _combine(table[:, j], used[j], registers))
-            registers.append(self.kept if call is None else self._call(*call, states[-1], tally))  # pyright: ignore[reportArgumentType]
+        knots = [[(trial.knots + [s.before] * calls)[j] for trial, s in zip(trials, self.samples, strict=True)] for j in range(calls)]
+        known = 0 if self.kept is None else 1
+        network = [score.each(at, x, conditions, tally) for at in knots[known:]]
+        registers, states = [x, *([] if self.kept is None else [self.kept])], [x]
+        for j, call in enumerate(network, known):
+            states += [_combine(table[:, j], used[j], registers)] if j else []
+            registers.append(self._call(call, knots[j], states[j]))
         high = _combine(table[:, calls], used[calls], registers)
         with torch.no_grad():
             error = _combine(table[:, calls + 1], used[calls + 1], registers)
             errors = self._norms(x, high, error, ends).tolist()
         return states, registers[1:], high, errors
 
-    def _call(self, call: Any, knots: list[Knot], state: Tensor, tally: Tally) -> Tensor:
+    def _call(self, call: Callable[[Tensor], Tensor], knots: list[Knot], state: Tensor) -> Tensor:
         solver = self.solver
-        if self.used >= solver.max_nfe:
-            t = self._slowest()
+        if self.evaluator.tally.nfe - self.first >= solver.max_nfe:
+            left = {s.at.t: abs(self.position(self.stop) - self.position(s.at)) for s in self.samples}
+            t = max(left, key=left.__getitem__)
             raise StepLimitError(
                 f"max_nfe={solver.max_nfe} network calls used at t = {t:g} ({self.rejected} steps rejected): "
                 "raise max_nfe or the tolerances",
                 t=t,
                 rejected=self.rejected,
-                partial=self._partial(),
+                partial=self.x,
             )
-        before = tally.nfe, tally.net_evals
         try:
             y = call(state)
         except NetworkError as error:
             error.t = knots[0].t if error.t is None else error.t
             raise
-        self.used += tally.nfe - before[0]
-        self.evaluator.tally.nfe += tally.nfe - before[0]
-        self.work += (tally.net_evals - before[1]) * len(state) / len(self.out)
-        return y.clone() if y.data_ptr() == state.data_ptr() else y
+        return y.clone()  # a network may reuse its own output, or hand its input back
 
     def _norms(self, x: Tensor, high: Tensor, error: Tensor, ends: list[Knot]) -> Tensor:
         """E of every sample, (B,)."""
         if self.solver.unit:
-            scales = [[1.0 / math.hypot(k.alpha, k.sigma) for k in (s.at, t)] for s, t in zip(self.active, ends, strict=True)]
+            scales = [[1.0 / math.hypot(k.alpha, k.sigma) for k in (s.at, t)] for s, t in zip(self.samples, ends, strict=True)]
             before, after = torch.tensor(scales, dtype=torch.float64).to(x).T.reshape(2, -1, *(1,) * (x.dim() - 1))
             x, high, error = before * x, after * high, after * error
         size = torch.maximum((high - error).abs(), x.abs())
         delta = (self.solver.rtol * size).clamp_min(self.solver.atol)
         ratio = error / delta + (high - high)  # NaN where the state overflowed and delta with it
-        return (sum_of_rows((ratio * ratio).reshape(len(x), -1)) / max(x[0].numel(), 1)).sqrt()
+        return (sum_of_rows((ratio * ratio).reshape(len(x), -1)) / x[0].numel()).sqrt()
 
     def _explain(self, trials: list[Trial], states: list[Tensor], outputs: list[Tensor], errors: list[float]) -> list[float]:
         """A step that is not finite: an output of the network that is not, for a state that is, is an error; an overflow of the
         state alone is a step too long, of infinite error.
         """
+        failed = {i for i, e in enumerate(errors) if not math.isfinite(e)}
         for j, (state, y) in enumerate(zip(states, outputs, strict=True)):
-            bad = sorted(set(non_finite(y)) - set(non_finite(state)))
+            bad = tuple(sorted(failed & set(non_finite(y)) - set(non_finite(state))))
             if bad:
-                samples = tuple(self.active[i].row for i in bad)
-                knot = trials[bad[0]].knots[j]
-                raise bad_output(y[bad], knot, "", self.used, samples, len(self.out))
+                calls = self.evaluator.tally.nfe - self.first - len(outputs) + 1 + j
+                raise bad_output(y[list(bad)], trials[bad[0]].knots[j], "", calls, bad, len(y))
         return [e if math.isfinite(e) else math.inf for e in errors]
 
     def _move(self, took: list[bool], high: Tensor, outputs: list[Tensor], kept: int | None) -> None:
-        """The accepted steps are made; samples that have arrived leave the batch."""
-        mask = torch.tensor(took).reshape(-1, *(1,) * (high.dim() - 1)).to(high.device)
-        every, none = all(took), not any(took)
-        self.x = high if every else self.x if none else torch.where(mask, high, self.x)
-        if none:
+        """The accepted steps are made."""
+        mask = torch.tensor(took).to(high.device).reshape(-1, *(1,) * (high.dim() - 1))
+        self.x = torch.where(mask, high, self.x)
+        if not any(took):
             self.kept = outputs[0]
-        elif kept is None:
-            self.kept = None
         else:
-            self.kept = outputs[kept] if every else torch.where(mask, outputs[kept], outputs[0])
-        arrived = [s.at is self.stop for s in self.active]
-        if any(arrived):
-            self.out = self._partial()
-            left = [i for i, done in enumerate(arrived) if not done]
-            self.active = [self.active[i] for i in left]
-            index = torch.tensor(left, dtype=torch.long).to(high.device)
-            self.x = self.x[index]
-            self.kept = None if self.kept is None else self.kept[index]
+            self.kept = None if kept is None else torch.where(mask, outputs[kept], outputs[0])
 
-    def _partial(self) -> Tensor:
-        """The whole batch, every sample as far as it is."""
-        if len(self.active) == len(self.out):
-            return self.x
-        index = torch.tensor([s.row for s in self.active], dtype=torch.long).to(self.x.device)
-        return self.out.index_copy(0, index, self.x)
 
-    def _slowest(self) -> float:
-        return max((s.at for s in self.active), key=lambda k: abs(self.position(self.stop) - self.position(k))).t
+def _idle(at: Knot, calls: int) -> Trial:
+    """A sample that has arrived: it stays as it is, and the network sees it at a time where it has seen it before."""
+    start = Form({0: 1.0})
+    return Trial([start] * calls, [at] * calls, start, Form({}))
 
 
 def _combine(coefficients: Tensor, used: list[bool], registers: list[Tensor]) -> Tensor:
@@ -499,18 +488,3 @@ def sum_of_rows(v: Tensor) -> Tensor:
         pairs = v[:, :half] + v[:, half : 2 * half]
         v = pairs if v.shape[1] == 2 * half else torch.cat([pairs, v[:, 2 * half :]], 1)
     return v.squeeze(1) if v.shape[1] else v.sum(1)
-
-
-def rows_of(conditions: Mapping[str, Any], rows: list[int], batch: int) -> Mapping[str, Any]:
-    """The conditions of some rows of a batch: tensors with a batch dimension are cut to them, everything else is shared."""
-    if len(rows) == batch:
-        return conditions
-
-    def pick(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() and len(value) == batch:
-            return value[torch.tensor(rows, device=value.device)]
-        if isinstance(value, Mapping):
-            return {k: pick(v) for k, v in value.items()}
-        return type(value)(map(pick, value)) if type(value) in (tuple, list) else value
-
-    return {name: pick(value) for name, value in conditions.items()}

@@ -23,6 +23,7 @@ from .exponential import AdamsMoulton, FixedWeights, FrozenScore, Multistep, Uni
 from .exponential_rk import ExponentialRK, PublishedSDE, SinglestepSchedule
 from .few_step import Consistency, TrajectoryConsistency
 from .multistep import ADAMS_BASHFORTH
+from .reversible import BELM, ReversibleHeun
 from .runge_kutta import RungeKutta
 from .starts import GradedStart, PseudoRungeKutta, Started
 from .stochastic import (
@@ -86,6 +87,7 @@ _SEEDS = "Gonzalez et al. 2023 (SEEDS)"
 _KD = "Crowson 2022 (k-diffusion)"
 _ZHAO = "Zhao et al. 2023 (UniPC)"
 _CHEN = "Chen 2018 (torchdiffeq)"
+_KIDGER = "Kidger et al. 2021 (reversible Heun)"
 _LI = "Li et al. 2020 (torchsde)"
 _ROESSLER = "Roessler 2010 (SRA)"
 _DPM_2, _DPMPP_2S = ExponentialRK(erk.two_stage(exact=False), "eps"), ExponentialRK(erk.two_stage(exact=False), "x0")
@@ -391,6 +393,10 @@ SOLVERS: dict[str, Entry] = {
     "tcd": Entry(
         TrajectoryConsistency(0.3), "jump below t, then exact noise, gamma 0.3", "Zheng et al. 2024 (TCD)", theory="exact"
     ),
+    # exactly reversible: encode and decode with the carry
+    "reversible_heun": Entry(ReversibleHeun(), "Heun's reversible form in t, one call a step", _KIDGER),
+    "belm": Entry(BELM(), "two-step, its own inverse in sigma/alpha", "Wang et al. 2024 (O-BELM)"),
+    "bdia": Entry(BELM(1.0), "two DDIM steps, forwards and backwards, with gamma = 1", "Zhang et al. 2023 (BDIA)"),
     # adaptive and library back ends
     "dopri5": Entry(TorchDiffEq("dopri5"), "adaptive order 5", _CHEN, theory="tolerance"),
     "dopri8": Entry(TorchDiffEq("dopri8"), "adaptive order 8", _CHEN, theory="tolerance"),
@@ -401,12 +407,12 @@ SOLVERS: dict[str, Entry] = {
     "adaptive_tsit5": _adaptive(rk.TSIT5),
     "dpm_adaptive": Entry(
         Adaptive(Pair(_DPM_3, ExponentialRK(erk.two_stage(1 / 3, exact=False), "eps")), rtol=0.05, atol=0.0078),
-        "DPM-Solver-2 and -3, steps per sample",
+        "DPM-Solver-2 and -3, steps per sample, the published tolerances",
         _DPM,
         theory="tolerance",
     ),
     "dpm_adaptive_12": Entry(
-        Adaptive(Pair(_DPM_2, Multistep(1, "eps")), rtol=0.05, atol=0.0078),
+        Adaptive(Pair(_DPM_2, Multistep(1, "eps"))),
         "DPM-Solver-1 and -2, steps per sample",
         _DPM,
         theory="tolerance",

@@ -103,6 +103,8 @@ def sample(
         raise InputError(f"give exactly one of nfe= and steps=, got nfe={nfe!r} and steps={steps!r}")
     if (shape is None) == (x is None):
         raise InputError("give exactly one of shape= and x=, the noise to start from")
+    if x is None and carry is not None:
+        raise InputError("carry is given without a state: give x=out.x of the run that it is from")
     eta = _check_eta(solver, name, eta)
     solver, times = _plan_times(solver, name, path, nfe, steps, grid, start, stop, eta)
     source = _source(noise, seed, seeds)
@@ -271,7 +273,8 @@ def _run(
     began = time.perf_counter()
     trajectory, grad = extras.trajectory, extras.grad
     reversible = getattr(solver, "reversible", False)
-    _check_carry(extras.carry, solver if reversible else None, name, state := _working(x), times[0])
+    state = _working(x)
+    _check_carry(extras.carry, solver if reversible else None, name, state, times[0])
     if plan is None and traced and solver is not None and solver.linear and not reversible:  # its march hands the carry on
         plan = trace_solver(solver, score.path, times, eta, name)
     grid = list(plan.grid) if plan is not None else score.path.knots(times, grid=True)
@@ -346,7 +349,7 @@ def _advance(
     if plan is not None:
         return Outcome(_run_plan(plan, evaluator, x, draw, after, in_place), None, None)
     if hasattr(solver, "solve"):
-        return _solve(solver, name, evaluator, x, grid, draw, after)
+        return Outcome(*_solve(solver, name, evaluator, x, grid, draw, after))
     out, last = _march(solver, name, evaluator, x, grid, draw, after, carry)
     return Outcome(out, None, None, last)
 

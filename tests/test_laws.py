@@ -64,7 +64,7 @@ def constant(path, target, value):
 
 
 @pytest.mark.parametrize("name", TARGETED)
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(path=paths(), lams=grids(), seed=st.integers(0, 1000))
 def test_constant_predictions_are_integrated_exactly_in_any_number_of_steps(name, path, lams, seed):
     """x_t = alpha_t x0 + sigma_t/sigma_s (x_s - alpha_s x0), or sigma_t eps + alpha_t/alpha_s (x_s - sigma_s eps): so steps of
@@ -84,7 +84,7 @@ def test_constant_predictions_are_integrated_exactly_in_any_number_of_steps(name
 
 
 @pytest.mark.parametrize("name", INVARIANT)
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(one=paths(), other=paths(), lams=grids(), seed=st.integers(0, 1000))
 def test_the_same_log_snr_grid_gives_the_same_samples_on_every_path(name, one, other, lams, seed):
     assume(reaches(one, lams) and reaches(other, lams))
@@ -133,7 +133,7 @@ def test_samples_turn_with_the_data_and_the_noise(name):
 
 
 @pytest.mark.parametrize("name", TARGETED)
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(lams=grids(), shift=st.floats(-3.0, 3.0))
 def test_samples_shift_with_the_data(name, lams, shift):
     """Data moved by m: a sampler exact on constant predictions moves its samples by alpha m."""
@@ -147,7 +147,7 @@ def test_samples_shift_with_the_data(name, lams, shift):
 
 
 @pytest.mark.parametrize("name", INVARIANT)
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(lams=grids(), factor=st.floats(0.1, 10.0))
 def test_samples_scale_with_the_data(name, lams, factor):
     """Data and noise levels scaled by c: the table sees ratios of sigma/alpha alone, so samples scale by c. On a grid moved by
