@@ -173,7 +173,10 @@ def tolerance_slope(name: str) -> Measured:
     path = VP()
     if solver.takes_eta:
         return 1.0, _adaptive_variance(name, path), None
-    law, mixture = Gaussian(path, torch.tensor([0.5, -1.0, 2.0]).double(), var=torch.tensor([0.04, 1.0, 0.3]).double()), Mixture1D(path)
+    law, mixture = (
+        Gaussian(path, torch.tensor([0.5, -1.0, 2.0]).double(), var=torch.tensor([0.04, 1.0, 0.3]).double()),
+        Mixture1D(path),
+    )
     s, t = path.knots(path.time([-1.0, 3.0]).tolist())
     starts = [score.sample(32, t=s.t, seed=1).double() for score in (law, mixture.score)]
     ends = [law.flow(starts[0], s.t, t.t), mixture.flow(starts[1][:, 0], s, t)[:, None]]

@@ -163,9 +163,7 @@ class Score(Predictor):
             for k, row, factor, label in zip(knots, rows, factors, labels, strict=True)
         ]
 
-    def each(
-        self, knots: Sequence[Knot], x: Tensor, conditions: Mapping[str, Any], tally: Tally
-    ) -> Callable[[Tensor], Tensor]:
+    def each(self, knots: Sequence[Knot], x: Tensor, conditions: Mapping[str, Any], tally: Tally) -> Callable[[Tensor], Tensor]:
         """One function for a batch whose sample i is at ``knots[i]``, prepared like those of ``at``. One NFE a call."""
         self._check_mode()
         t = torch.tensor([k.t for k in knots], dtype=torch.float64)

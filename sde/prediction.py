@@ -134,9 +134,7 @@ class Predictor(ABC):
         Each network call adds to ``tally``.
         """
 
-    def each(
-        self, knots: Sequence[Knot], x: Tensor, conditions: Mapping[str, Any], tally: Tally
-    ) -> Callable[[Tensor], Tensor]:
+    def each(self, knots: Sequence[Knot], x: Tensor, conditions: Mapping[str, Any], tally: Tally) -> Callable[[Tensor], Tensor]:
         """One function for a batch whose sample i is at ``knots[i]``: state -> raw outputs y, in the row of each knot.
 
         Prepared here and counted like the functions of ``at``. This form asks ``predict``, one call; a score that can do

@@ -10,21 +10,24 @@ The error of a step is high - low of the pair, measured as in DPM-Solver (Lu et 
     E = rms(|high - low| / delta),   delta = max(atol, rtol max(|low|, |x|))
 
 with states taken at unit scale, divided by sqrt(alpha^2 + sigma^2), so that a tolerance means the same on every path;
-and the next step is h (1 + atan(F - 1)), F = E_n^-a E_{n-1}^-b E_{n-2}^-c, a PID controller with Soederlind's limiter (2003);
+and the next step is h (1 + atan(F - 1)), a PID controller with Soederlind's limiter (2003),
+
+    F = E_n^-(P + I + D)/q E_{n-1}^(P + 2 D)/q E_{n-2}^-D/q,   q = one more than the lower order;
+
 a step is accepted where that factor is at least ``accept``. The high solution is kept, so the error at the end is
 proportional to the tolerance where the pair's orders are p and p - 1.
 
-Everything that decides a step is computed in an order that does not depend on the batch: sample i's steps, and its bits up to
-the network's own, are those it has alone. Step sizes are measured on a clock. The steps that a flow towards data wants are those of the "soft" half log-SNR
+Step sizes are measured on a clock. The steps that a flow towards data wants are those of the "soft" half log-SNR
 
     u = log((alpha + sigma) / (sigma + 0.001 alpha)),
 
-which is alpha / sigma near pure noise, lambda in between, and stops where sigma is 0.001 alpha: it is finite at both ends. A
-controller lets steps grow by up to 2.6; measured in t or sigma / alpha the steps must shrink all the way to the data, and one
-that grew instead is too long for its own error estimate: errors reach hundreds of tolerances there (and in lambda at the
-noise), with more rejected steps, and stay below ten on the soft clock.
+which is alpha / sigma near pure noise, lambda in between, and ends where sigma is 0.001 alpha: it is finite at both ends. A
+controller lets a step grow to 2.6 times the last one. Measured in t or sigma / alpha the steps must shrink all the way to the
+data, in lambda they must shrink after the noise, and a step that grew instead can be too long for its own error estimate:
+errors of hundreds of tolerances and more rejected steps, where the soft clock stays within ten.
 
-One decision a step needs the host (E, a number a sample); labels and coefficients of
+Everything that decides a step is computed in an order that does not depend on the batch: sample i's steps, and its bits up to
+the network's own, are those it has alone. One decision a step needs the host (E, a number a sample); labels and coefficients of
 the whole step are moved right after it, while the device is idle, so nothing else waits.
 
 On the host a step costs about a millisecond a sample: for thousands of samples of a few numbers each the shared step of
@@ -280,6 +283,9 @@ class Adaptive:
         if not all(isinstance(g, (int, float)) and math.isfinite(g) for g in gains) or sum(gains) <= 0.0:
             raise InputError(f"pcoeff, icoeff, dcoeff={gains!r:.80}: must be finite numbers with a sum > 0, such as 0, 1, 0")
 
+    def __str__(self) -> str:
+        return f"Adaptive of orders {self.pair.high.order:g} and {self.pair.low.order:g}"
+
     @property
     def invariant(self) -> bool:
         return self.unit and self.clock != "t" and all(getattr(s, "invariant", False) for s in (self.pair.high, self.pair.low))
@@ -335,8 +341,8 @@ class _Run:
         (whole,) = trace_steps(self.solver.pair, self.path, self.score.row, [(start, self.stop)])
         if not whole.error.terms:
             raise PathError(
-                f"the pair gives no error estimate on a step from t = {start.t:g} to t = {self.stop.t:g} (its slope is infinite "
-                "there): give start or stop off it, such as t_min"
+                f"the pair gives no error estimate on a step from t = {start.t:g} to t = {self.stop.t:g}, since its slope is "
+                "infinite there: give start or stop off it, such as t_min"
             )
         return self.position(self.stop) - self.position(start)
 
@@ -377,7 +383,8 @@ class _Run:
         knots = iter(knots_at(self.path, asked))
         ends = [self.stop if place is None else next(knots) for place in places]
         for i, (s, end) in enumerate(zip(self.samples, ends, strict=True)):
-            if end.t == s.at.t and end is not self.stop:
+            forward = (self.position(end) - self.position(s.at)) * self.way > 0.0 and s.h > 1e-12 * abs(self.way)
+            if not forward and end is not self.stop:
                 raise StepLimitError(
                     f"the step size vanished at t = {s.at.t:g} (sample {i}): the field is too steep there; raise the "
                     f"tolerances (rtol={self.solver.rtol:g}) or stop earlier",
@@ -398,7 +405,9 @@ class _Run:
         table = torch.tensor(numbers, dtype=torch.float64)
         used = (table != 0.0).any(0).tolist()
         table = table.to(device=x.device, dtype=x.dtype).reshape(*table.shape, *(1,) * (x.dim() - 1))
-        knots = [[(trial.knots + [s.before] * calls)[j] for trial, s in zip(trials, self.samples, strict=True)] for j in range(calls)]
+        knots = [
+            [(trial.knots + [s.before] * calls)[j] for trial, s in zip(trials, self.samples, strict=True)] for j in range(calls)
+        ]
         known = 0 if self.kept is None else 1
         network = [score.each(at, x, conditions, tally) for at in knots[known:]]
         registers, states = [x, *([] if self.kept is None else [self.kept])], [x]

@@ -38,9 +38,6 @@ _HYBRID = (
 )
 _VARIANT = "another tableau of the same order and cost: use etdrk4, krogstad, strehmel_weiner or friedli"
 _SSP = "strong stability preserving at large steps, which a smooth flow does not ask for: use ssprk3 or ssprk43"
-_REVERSIBLE = (
-    "reversible by carrying a second state, which a run does not hand on yet; gauss4 with sweeps=40 comes back to 1e-9"
-)
 _OVERDAMPED = "a solver of Langevin dynamics in position and momentum with its own noise; see pc_ddpm_underdamped"
 
 ALIASES: dict[str, dict[str, Alias]] = {
@@ -445,11 +442,11 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "torchsde_milstein": "milstein",
             "torchsde_srk": "srk",
             "stochastic_heun": "heun euler_heun midpoint",
+            "reversible_heun": "reversible_heun adjoint_reversible_heun",
         },
-        {"heun": "Stratonovich and Ito are one here, the noise being additive"},
+        {"heun": "Stratonovich and Ito are one here, the noise being additive", "reversible_heun": "eta = 0"},
         {
             "its terms beyond Euler vanish for additive noise: torchsde_euler": "log_ode",
-            _REVERSIBLE: "reversible_heun adjoint_reversible_heun",
         },
     ),
     "diffrax": _library(
@@ -465,8 +462,11 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "stochastic_heun": "EulerHeun",
             "milstein": "ItoMilstein StratonovichMilstein",
             "sra1": "SRA1",
+            "reversible_heun": "ReversibleHeun",
+            "belm": "LeapfrogMidpoint",
         },
         {
+            "LeapfrogMidpoint": "with the weights of unequal steps, in sigma/alpha",
             "EulerHeun": "one predictor and one corrector, the noise being additive",
         },
         {
@@ -475,7 +475,6 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "for systems in position and momentum": "SemiImplicitEuler",
             "additive noise of strong order 1.5 like sra1, by other stages": "SEA ShARK GeneralShARK SlowRK SPaRK",
             "step doubling around another solver: an adaptive pair does it for fewer calls": "HalfSolver",
-            _REVERSIBLE: "ReversibleHeun LeapfrogMidpoint",
             _OVERDAMPED: "ALIGN ShOULD QUICSORT",
         },
     ),
@@ -509,6 +508,8 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "gddim": "gDDIM",
             "seeds_3": "SEEDS",
             "restart": "Restart",
+            "belm": "BELM",
+            "bdia": "BDIA",
         },
         {
             "SiT.sde_euler": "its forms of the diffusion are eta as a function of t, or ReverseSDE(diffusion=...)",
@@ -516,7 +517,7 @@ ALIASES: dict[str, dict[str, Alias]] = {
         },
         {
             "EDM's churn around Euler: Churn(RungeKutta(EULER, 'rho'))": "physicsnemo.edm_stochastic_euler",
-            _REVERSIBLE: "EDICT BDIA BELM",
+            "two coupled states whose mixing loses the order: belm and bdia are reversible at order two": "EDICT",
         },
     ),
 }

@@ -147,7 +147,7 @@ class _Flow:
             raise _NotFinite(self.slope)
 
 
-def check_control(solver: TorchDiffEq | TorchSDE) -> None:
+def check_control(solver: Any) -> None:
     for name in ("rtol", "atol"):
         value = getattr(solver, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:

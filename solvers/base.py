@@ -70,7 +70,7 @@ class BackEnd(Declared, Protocol):
     @property
     def adaptive(self) -> bool: ...
 
-    def solve(self, evaluator: Any, x: Tensor, grid: list[Knot], draw: Any, /) -> tuple[Tensor, int | None, int | None]:
+    def solve(self, evaluator: Any, x: Tensor, grid: list[Knot], draw: Any, /) -> tuple[Any, ...]:
         """(the last state, accepted steps, rejected steps)."""
         ...
 

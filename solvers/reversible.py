@@ -13,7 +13,6 @@ Rounding is the limit: an undone step divides by what the step multiplied with, 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 

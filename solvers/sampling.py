@@ -326,8 +326,8 @@ def _check_carry(carry: Any, solver: Any, name: str, x: Tensor, t: float) -> Non
         raise InputError(f"carry is one of {carry.solver!s:.100}, not of {name!r}: use the solver that made it")
     if carry.shape != tuple(x.shape) or carry.dtype != x.dtype:
         raise InputError(
-            f"carry is of a state {carry.shape} in {carry.dtype}, x is {tuple(x.shape)} in {x.dtype}: give the x and the carry of "
-            "one run"
+            f"carry is of a state {carry.shape} in {carry.dtype}, but x is {tuple(x.shape)} in {x.dtype}: give the x and the "
+            "carry of one run"
         )
     if carry.t != t:
         raise InputError(f"carry is of t = {carry.t:g}, but this run starts at t = {t:g}: run the same times in reverse")

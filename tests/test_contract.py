@@ -97,6 +97,11 @@ def plain(path: Path) -> Score:
     return Score(elementwise, path, "x0")
 
 
+def marches(name: str) -> bool:
+    """Whether a run goes step by step though there is a table, to hand a carry on."""
+    return getattr(SOLVERS[name].solver, "reversible", False)
+
+
 def equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
@@ -173,7 +178,7 @@ def test_the_network_sees_the_times_of_the_table_in_order(name, grid):
         assert torch.isfinite(out).all()
         assert spy.times[0] == plan.times[0] or name in ("edm_sde", "annealed_langevin")
         solution = integrate(name, score, torch.ones(2, 3, dtype=torch.float64), times)
-        assert equal(solution.x, out)
+        assert equal(solution.x, out) or (marches(name) and torch.allclose(solution.x, out, rtol=1e-12, atol=1e-12))
         assert equal(solution.times, times)
         inner = [k.t for k in plan.knots if k.index >= 0]
         assert set(inner) <= set(plan.times)
@@ -530,9 +535,10 @@ def test_the_table_equals_the_march_and_survives_json(name):
         again = Plan.from_json(plan.to_json())
         assert again == plan
         assert json.loads(again.to_json()) == json.loads(plan.to_json())
-        assert equal(plan.run(score, x, seed=6), table.x)
-        assert equal(again.run(score, x, seed=6), table.x)
-        assert equal(by_hand(plan, score, x, White(6)), table.x)
+        run = plan.run(score, x, seed=6)
+        assert equal(run, table.x) or (marches(name) and torch.allclose(run, table.x, rtol=1e-12, atol=1e-12))
+        assert equal(again.run(score, x, seed=6), run)
+        assert equal(by_hand(plan, score, x, White(6)), run)
 
 
 def by_hand(plan: Plan, score: Score, x: Tensor, source: White) -> Tensor:

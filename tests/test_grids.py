@@ -417,6 +417,9 @@ def test_bong_tangent_as_released_divides_by_zero_at_one_step():
     with pytest.raises(ZeroDivisionError):
         res4lyf(1)
     np.testing.assert_array_equal(bong_tangent(Linear(), 1, 1.0, 0.0).numpy(), [1.0, 0.0])
+    for pivot in (0.1, 0.95):  # one of the pieces is a single point
+        times = bong_tangent(Linear(), 9, 1.0, 0.0, pivot=pivot)
+        np.testing.assert_allclose(times.numpy(), make_grid("uniform", Linear(), 9, 1.0, 0.0).numpy(), atol=1e-14)
 
 
 def test_hyper_is_skramples():
