@@ -41,6 +41,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -50,7 +52,6 @@ from sde.prediction import Knot, Prediction, Row
 
 from .backends import After, Draw, Outcome, check_control, only_step
 from .base import Affine, Evaluator, Solver, bad_output, non_finite
-from .plan import Form
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,12 @@ class Pair:
 # --- tracing ----------------------------------------------------------------------------------------------------------
 
 
+Form = npt.NDArray[np.float64]  # coefficients of x and of the network's outputs in the order of the calls
+_UNITS = np.eye(64)
+
+
 class Trial(NamedTuple):
-    """One step of a pair: what the network is called with, what comes out; register 0 is x, register j + 1 the j-th output."""
+    """One step of a pair: what the network is called with, and what comes out."""
 
     states: list[Form]
     knots: list[Knot]
@@ -92,7 +97,7 @@ class Trial(NamedTuple):
 
     def kept(self, t: Knot) -> int | None:
         """The call that is made at the very state the step ends in: the first one of the next step (FSAL)."""
-        same = [j for j, f in enumerate(self.states) if self.knots[j].t == t.t and f.terms == self.high.terms]
+        same = [j for j, f in enumerate(self.states) if self.knots[j].t == t.t and np.array_equal(f, self.high)]
         return same[0] if same else None
 
 
@@ -142,11 +147,13 @@ class _Trace:
         self._made: dict[Any, Prediction] = {}
 
     def predict(self, x: Form, knot: Knot) -> Prediction:
-        key = (tuple(sorted(x.terms.items())), knot.t)
+        key = (x.tobytes(), knot.t)
         if key not in self._made:
             self.states.append(x)
             self.knots.append(knot)
-            self._made[key] = Affine(x, Form({len(self.states): 1.0}), self.row(knot), knot)  # pyright: ignore[reportArgumentType]
+            if len(self.states) == len(_UNITS):
+                raise InputError(f"a pair may make {len(_UNITS) - 1} network calls a step: take solvers of fewer stages")
+            self._made[key] = Affine(x, _UNITS[len(self.states)], self.row(knot), knot)  # pyright: ignore[reportArgumentType]
         return self._made[key]
 
     def eta(self, knot: Knot) -> float:
@@ -176,7 +183,7 @@ def trace_steps(pair: Pair, path: Path, row: Callable[[Knot], Row], steps: Seque
             problem = _Trace(_KnownPath(path, known), row)
             try:
                 # path and predictions are stand-ins: a step only asks them for knots and linear forms
-                ends = [m.step(problem, Form({0: 1.0}), s, t, None, _no_noise).x for m in (pair.high, pair.low)]  # pyright: ignore[reportArgumentType]
+                ends = [m.step(problem, _UNITS[0], s, t, None, _no_noise).x for m in (pair.high, pair.low)]  # pyright: ignore[reportArgumentType]
             except _Asked as ask:
                 asked.extend(ask.args)
             else:
@@ -339,7 +346,7 @@ class _Run:
                     "stop off it, such as t_min, or the clock 'soft'"
                 )
         (whole,) = trace_steps(self.solver.pair, self.path, self.score.row, [(start, self.stop)])
-        if not whole.error.terms:
+        if not whole.error.any():
             raise PathError(
                 f"the pair gives no error estimate on a step from t = {start.t:g} to t = {self.stop.t:g}, since its slope is "
                 "infinite there: give start or stop off it, such as t_min"
@@ -399,10 +406,9 @@ class _Run:
     ) -> tuple[list[Tensor], list[Tensor], Tensor, list[float]]:
         """(the states of the calls, their outputs, the high solution, E a sample): every row once for the whole batch."""
         x, score, conditions, tally = self.x, self.score, self.evaluator.conditions, self.evaluator.tally
-        rest = [Form({0: 1.0})] * calls  # a trial with fewer calls sees its own start again
+        rest = [_UNITS[0]] * calls  # a trial with fewer calls sees its own start again
         tables = [[*(trial.states + rest)[:calls], trial.high, trial.error] for trial in trials]
-        numbers = [[[form.terms.get(r, 0.0) for r in range(calls + 1)] for form in table] for table in tables]
-        table = torch.tensor(numbers, dtype=torch.float64)
+        table = torch.from_numpy(np.array(tables)[:, :, : calls + 1])
         used = (table != 0.0).any(0).tolist()
         table = table.to(device=x.device, dtype=x.dtype).reshape(*table.shape, *(1,) * (x.dim() - 1))
         knots = [
@@ -474,8 +480,7 @@ class _Run:
 
 def _idle(at: Knot, calls: int) -> Trial:
     """A sample that has arrived: it stays as it is, and the network sees it at a time where it has seen it before."""
-    start = Form({0: 1.0})
-    return Trial([start] * calls, [at] * calls, start, Form({}))
+    return Trial([_UNITS[0]] * calls, [at] * calls, _UNITS[0], 0.0 * _UNITS[0])
 
 
 def _combine(coefficients: Tensor, used: list[bool], registers: list[Tensor]) -> Tensor:

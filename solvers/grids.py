@@ -280,7 +280,7 @@ def from_sigmas(levels: Any, name: str = "from_sigmas", *, stretch: bool = False
     ``stretch``, the path's. Other ends stretch the whole list, affinely in lambda. Levels of 0 are not part of a list: with
     sigma(stop) = 0 the last step goes from the lowest level to 0.
     """
-    table = torch.as_tensor(levels, dtype=torch.float64).detach().clone().cpu()
+    table = torch.as_tensor(levels, dtype=torch.float64).detach().cpu()
     need(table.dim() == 1 and len(table) >= 2, "levels", levels, "give a 1-D list of at least 2 noise levels")
     bad = ~((table > 0.0) & table.isfinite())
     if bool(bad.any()):

@@ -98,10 +98,14 @@ class BELM:
     form with weight 1/w gives x_r back from x_t: the method is its own inverse where w(s, r, t) = 1 / w(s, t, r).
 
     gamma None : w = (alpha_t/alpha_r) (h/k)^2, h = rho_t - rho_s, k = rho_s - rho_r, rho = sigma/alpha: O-BELM, the only w of
-                 order 2 on every grid. With y = x/alpha, y' = eps, D is a Taylor polynomial of degree one, so its errors in y
-                 are h^2/2 y'' and k^2/2 y'', and w must turn the second into the first.
-    gamma > 0  : w = gamma towards data, 1/gamma towards noise: BDIA. gamma = 1 has order 2 where neighbouring steps and alphas
-                 differ by O(h), since w differs from O-BELM's by O(h) there; any other has order 1.
+                 local order 3 whatever h/k. With y = x/alpha, y' = eps, D is a Taylor polynomial of degree one, so its errors
+                 in y are h^2/2 y'' and k^2/2 y'', and w must turn the second into the first.
+    gamma > 0  : w = gamma towards data, 1/gamma towards noise: BDIA. gamma = 1 is of local order 3 where neighbouring steps
+                 and alphas differ by O(h), since w differs from O-BELM's by O(h) there; any other is of local order 2.
+
+    Orders, on grids whose neighbouring steps tend to equal ones: 2 for O-BELM and gamma = 1, else 1 (for gamma near 1 after
+    very many steps only: the two parts of the error are of size 1 - gamma and h). On grids whose steps alternate between two
+    sizes both fall to order 1: over two steps the parasitic root becomes 1, a double one with the principal root.
 
     The carry is (r, x_r). The first step is DDIM, D(s -> t), of local order 2, once. The first step of the way back has the
     knot of the carry as its aim, and its state as result, without a call; so a run costs its steps, its reverse one less.

@@ -374,7 +374,7 @@ def test_a_pair_may_hold_solvers_of_the_reverse_sde_without_their_noise():
     out = integrate(Adaptive(pair), Score(elementwise, VP(), "x0"), start(2), [0.9, 0.1])
     same = integrate(Adaptive(embedded(HEUN)), Score(elementwise, VP(), "x0"), start(2), [0.9, 0.1])
     assert torch.allclose(out.x, same.x, rtol=1e-12, atol=1e-12)
-    with pytest.raises(InputError, match="takes no|noise level"):
+    with pytest.raises(InputError, match="noise level"):
         sample(Score(elementwise, VP(), "x0"), (2, 2), solver=Adaptive(pair), nfe=50, eta=1.0)
 
 
@@ -392,7 +392,7 @@ def test_a_traced_step_is_the_step():
             registers = [x]
 
             def value(form, registers=registers):
-                return sum(c * registers[r] for r, c in form.terms.items())
+                return sum(float(c) * y for c, y in zip(form, registers, strict=False))
 
             for state, knot in zip(trial.states, trial.knots, strict=True):
                 registers.append(mixture.at([knot], x, {}, Tally())[0](value(state)))
