@@ -390,8 +390,8 @@ class _Run:
         knots = iter(knots_at(self.path, asked))
         ends = [self.stop if place is None else next(knots) for place in places]
         for i, (s, end) in enumerate(zip(self.samples, ends, strict=True)):
-            forward = (self.position(end) - self.position(s.at)) * self.way > 0.0 and s.h > 1e-12 * abs(self.way)
-            if not forward and end is not self.stop:
+            ahead = (self.position(end) - self.position(s.at)) / self.way
+            if end is not self.stop and ahead < 1e-12:  # lost in rounding
                 raise StepLimitError(
                     f"the step size vanished at t = {s.at.t:g} (sample {i}): the field is too steep there; raise the "
                     f"tolerances (rtol={self.solver.rtol:g}) or stop earlier",

@@ -150,11 +150,12 @@ def score_optimal(score: Predictor, x0: Tensor, *, levels: int = 64, **measure: 
     )
 
     def speed(knots: list[Knot], i: int, eps: Tensor) -> Tensor:
-        k, after = knots[i], knots[i + 1]
-        x = k.alpha * x0 + k.sigma * eps
-        here = measured.evaluator.predict(x, k).eps * (k.alpha / k.sigma)
-        there = measured.evaluator.predict(x * (after.alpha / k.alpha), after).eps * (after.alpha / after.sigma)
-        return (k.sigma / k.alpha * (there - here)).double().square().mean()
+        # both scores at one x of the level half-way: an error of second order, where x of either end leaves one of first
+        pair = knots[i : i + 2]
+        middle = math.sqrt(math.prod(k.sigma / k.alpha for k in pair))
+        x = x0 + middle * eps
+        here, there = (measured.evaluator.predict(k.alpha * x, k).eps * (k.alpha / k.sigma) for k in pair)
+        return (middle * (there - here)).double().square().mean()
 
     cost = measured.average(speed, levels - 1).sqrt()
     lam, tally = measured.lam, measured.evaluator.tally

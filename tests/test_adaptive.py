@@ -243,6 +243,10 @@ def test_a_sample_that_has_arrived_stays_as_it_is():
     last = spy.calls[-1][early]
     assert last in [times[early] for times in spy.calls[: alone[early].nfe]]
     assert 0.01 < last < 0.9
+    with pytest.raises(StepLimitError) as caught:  # tells where the slow one is, and keeps what the other one has reached
+        integrate(replace(solver, max_nfe=alone[early].nfe + 4), Score(elementwise, path, "x0"), x, [0.9, 0.01])
+    assert 0.01 < caught.value.t < 0.9
+    assert torch.equal(caught.value.partial[early], alone[early].x[0])
 
 
 def test_the_network_may_reuse_its_output():
@@ -519,21 +523,22 @@ def k_diffusion_adaptive(denoise, x, sigmas, order, rtol, atol, h_init, unit_pre
 
 @pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize("coefficients", [(0.0, 1.0, 0.0), (0.2, 0.5, 0.1)], ids=["I", "PID"])
-def test_k_diffusions_dpm_adaptive(order, coefficients):
+@pytest.mark.parametrize("top", [40.0, 0.4])  # states that shrink all the way, and states that grow
+def test_k_diffusions_dpm_adaptive(order, coefficients, top):
     """The same accepted steps and result, at its own tolerances, but for two things: it measures |x| by the low solution
     of the last step (x_prev), where we take the state; and it makes the first call of a rejected step again.
     """
     path = EDM()
-    score = Score(lambda x, t: torch.tanh(x) * 0.9 + 0.05 * x / (1.0 + t[:, None]), path, "x0")
-    x = 40.0 * White(3).initial((1, 8), torch.float64)
-    sigmas, (p, i, d) = (40.0, 0.02), coefficients
+    score = Score(lambda x, t: torch.tanh(3.0 * x) * 0.9 + 0.05 * x / (1.0 + t[:, None]), path, "x0")
+    x = top * White(3).initial((1, 8), torch.float64)
+    sigmas, (p, i, d) = (top, 0.02), coefficients
     way = math.log(sigmas[0] / sigmas[1])
     published = {"clock": "lam", "unit": False, "accept": 0.81, "first": 0.05 / way, "rtol": 0.05, "atol": 0.0078}
     solver = Adaptive(DPM_12 if order == 2 else DPM_23, pcoeff=p, icoeff=i, dcoeff=d, **published)
     out = integrate(solver, score, x, list(sigmas))
 
     def denoise(x, sigma):
-        return torch.tanh(x) * 0.9 + 0.05 * x / (1.0 + sigma)
+        return torch.tanh(3.0 * x) * 0.9 + 0.05 * x / (1.0 + sigma)
 
     args = (denoise, x, sigmas, order, 0.05, 0.0078, 0.05)
     y, accepted, rejected, calls = k_diffusion_adaptive(*args, True, coefficients)
