@@ -164,7 +164,7 @@ def strong_order_by_coupling(name: str, fine: int = 640, batch: int = 1500) -> M
 
 def tolerance_slope(name: str) -> Measured:
     """The slope of log error over log tolerance of an adaptive ODE solver, over the last two decades of tolerances that are
-    cheap, on 64 samples: 32 of Gaussian data and 32 of the mixture, whose log errors are averaged (one run in a single
+    cheap, on 32 samples: 16 of Gaussian data and 16 of the mixture, whose log errors are averaged (one run in a single
     problem may be lucky by half a decade). For an SDE the ratio of its variance to the exact one.
 
     A pair of orders p and p - 1 that advances by the higher one has steps h ~ tol^(1/p) and an error ~ h^p: slope 1.
@@ -178,7 +178,7 @@ def tolerance_slope(name: str) -> Measured:
         Mixture1D(path),
     )
     s, t = path.knots(path.time([-1.0, 3.0]).tolist())
-    starts = [score.sample(32, t=s.t, seed=1).double() for score in (law, mixture.score)]
+    starts = [score.sample(16, t=s.t, seed=1).double() for score in (law, mixture.score)]
     ends = [law.flow(starts[0], s.t, t.t), mixture.flow(starts[1][:, 0], s, t)[:, None]]
     tolerances, errors, calls = list[float](), list[float](), 0
     while calls < 300 and len(errors) < 20:  # half a decade at a time, as far as it is cheap: a control is asymptotic late

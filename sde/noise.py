@@ -256,7 +256,8 @@ class _Philox:
         counter = self._counter
         counter[0], counter[1], counter[2], counter[3] = block, draw, kind, node
         self._generator.state = self._state
-        return self._generator.random_raw(skip + count)[skip:]
+        words = self._generator.random_raw(skip + count)
+        return words[skip:] if skip else words
 
 
 class _Chunk(NamedTuple):
@@ -292,6 +293,7 @@ class _Normals:
         self._philox = _Philox()
         self._working = torch.float64 if dtype == torch.float64 else torch.float32
         self.xp: Any = np if cpu and self._working == torch.float32 else torch
+        self._direct = self.xp is np and dtype == torch.float32
         longest = max((chunk.padded for chunk in self.chunks), default=0)
         self._pair, self._cosine = self.empty(2 * longest), self.empty(longest)
         self._halves: Array = self._allocate(2 * longest, torch.float32)
@@ -406,6 +408,10 @@ class _Normals:
         """Write the products ``left`` and ``right``, (padded,) each, where the chunk's normals go in ``flat``, (B, size)."""
         rows, columns = slice(chunk.row, chunk.row + chunk.rows), chunk.columns
         count, multiply = chunk.rows * columns, self.xp.multiply
+        if self.xp is np and self._half == 1:  # samples of two numbers, or of one: a column each
+            for start, (one, other) in enumerate((left, right)[: self._size]):
+                multiply(one[:count], other if isinstance(other, float) else other[:count], out=flat[rows, start])
+            return
         for start, (one, other) in ((chunk.column, left), (chunk.column + self._half, right)):
             width = min(columns, self._size - start)  # of odd samples the right half is one column narrower
             if self.xp is np and columns < _NARROW:
@@ -426,18 +432,26 @@ class _Normals:
 
     def target(self, like: Tensor | None, out: Tensor | None) -> tuple[Tensor, Array]:
         """The tensor to return, and the (B, size) array to write: its memory, where its dtype and layout allow."""
-        for name, given in (("like", like), ("out", out)):
-            if given is not None and (given.shape != self.shape or given.dtype != self.dtype or given.device != self.device):
-                raise InputError(
-                    f"{name} is {tuple(given.shape)}, {given.dtype}, {given.device}, but the draws were opened for "
-                    f"{self.shape}, {self.dtype}, {self.device}; open(x.shape, x.dtype, x.device) for this state"
-                )
-        if out is None:
+        if like is not None:
+            self._check("like", like)
+        if out is not None:
+            self._check("out", out)
+        elif self._direct:  # the cheapest way to a tensor and its array
+            array = np.empty(self.shape, np.float32)
+            return torch.from_numpy(array), array.reshape(self._batch, self._size)
+        else:
             out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         flat = out.detach()
         if self.dtype != self._working or not out.is_contiguous():
             flat = torch.empty(self.shape, dtype=self._working, device=self.device)
         return out, (flat.numpy() if self.xp is np else flat).reshape(self._batch, self._size)
+
+    def _check(self, name: str, given: Tensor) -> None:
+        if given.shape != self.shape or given.dtype != self.dtype or given.device != self.device:
+            raise InputError(
+                f"{name} is {tuple(given.shape)}, {given.dtype}, {given.device}, but the draws were opened for "
+                f"{self.shape}, {self.dtype}, {self.device}; open(x.shape, x.dtype, x.device) for this state"
+            )
 
     def finish(self, out: Tensor, array: Array) -> Tensor:
         """Copy to ``out`` what could not be written there."""

@@ -19,6 +19,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -133,7 +134,7 @@ class Path(ABC):
         if bool(outside.any()):
             bad = float(t[outside][0])
             raise InputError(f"time {bad:g} is outside the domain [0, {self.T:g}] of {self}: give times in it")
-        columns = [t, *(fn(t) for fn in (self.alpha, self.sigma, self.lam, self.dalpha, self.dsigma, self.g2))]
+        columns = [t, *(fn(t) for fn in (self._alpha, self._sigma, self._lam, self._dalpha, self._dsigma, self._g2))]
         last = len(t) - 1
         rows = zip(*(c.tolist() for c in columns), strict=True)
         places = [(i, last) if grid else (-1, -1) for i in range(len(t))]
@@ -231,7 +232,7 @@ class VP(Path):
     def __post_init__(self) -> None:
         _LinearBeta(self.beta_min, self.beta_max)
 
-    @property
+    @cached_property
     def _linear(self) -> _LinearBeta:
         return _LinearBeta(self.beta_min, self.beta_max)
 
@@ -264,7 +265,7 @@ class SubVP(Path):
     def __post_init__(self) -> None:
         _LinearBeta(self.beta_min, self.beta_max)
 
-    @property
+    @cached_property
     def _linear(self) -> _LinearBeta:
         return _LinearBeta(self.beta_min, self.beta_max)
 

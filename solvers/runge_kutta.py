@@ -164,7 +164,7 @@ class RungeKutta:
 
         for j, (knot, row) in enumerate(zip(knots, self.tableau.a, strict=False)):
             slope = problem.predict(at(knot, row), knot).combine(*v.slope(knot))
-            slopes.append(problem.keep(slope) if self.tableau.uses(j) > 1 else slope)
+            slopes.append(problem.keep(slope) if self.tableau.uses[j] > 1 else slope)
         return Step(at(t, self.tableau.b))
 
 

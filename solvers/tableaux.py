@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -115,14 +115,16 @@ class Tableau:
         n = len(self.a)
         return np.array([[*row, *[0.0] * (n - len(row))] for row in self.a])
 
-    @property
+    @cached_property
     def stages(self) -> int:
         """Stages that the result needs: a last one of weight 0 serves the embedded solution alone."""
         return max(i for i, weight in enumerate(self.b) if weight != 0.0) + 1
 
-    def uses(self, j: int) -> int:
-        """How many later stages and results stage j goes into."""
-        return sum(j < len(row) and row[j] != 0.0 for row in (*self.a[: self.stages], self.b))
+    @cached_property
+    def uses(self) -> tuple[int, ...]:
+        """How many later stages and results each stage goes into."""
+        rows = (*self.a[: self.stages], self.b)
+        return tuple(sum(j < len(row) and row[j] != 0.0 for row in rows) for j in range(len(self.b)))
 
     @property
     def embedded(self) -> Tableau:

@@ -823,8 +823,8 @@ def test_dmn_finds_at_least_what_its_released_optimiser_finds(n):
 
 
 def test_dmn_is_a_grid():
-    for path in (VP(), EDM(), Linear()):
-        for n in (1, 2, 5):
+    for path, sizes in ((VP(), (1, 2, 5)), (EDM(), (2,)), (Linear(), (2,))):
+        for n in sizes:
             times = dmn(path, n, 0.8 * path.T, 0.02 * path.T)
             is_a_grid(times, n)
             assert (float(times[0]), float(times[-1])) == (0.8 * path.T, 0.02 * path.T)

@@ -23,6 +23,7 @@ import parity_reference as reference
 import pytest
 import torch
 from torch import Tensor
+from rows import one_of_each_kind
 
 from scores import Score
 from sde import EDM, VE, VP, Linear, ProbabilityFlow, ReverseSDE, SubVP, Tabulated
@@ -354,10 +355,10 @@ def test_dpmsolver_repeated_final_sigma(diffusers, options: dict[str, Any]) -> N
     path = path_of(scheduler)
     score = Score(indexed_network, path, "eps", label=path.index)
     times = path.time(-sigmas.log())
-    for name, entry in SOLVERS.items():
+    for name in one_of_each_kind():
         with pytest.raises(InputError, match=r"times\[20\].*strictly decreasing"):
             integrate(name, score, START, times)
-        if not hasattr(entry.solver, "solve"):
+        if not hasattr(SOLVERS[name].solver, "solve"):
             assert bool(integrate(name, score, START, times[:-1]).x.isfinite().all()), name
 
 

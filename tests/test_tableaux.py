@@ -418,14 +418,14 @@ def test_sweeps_converge_to_the_implicit_step(name):
 @pytest.mark.parametrize("variable", ["t", "rho", "chi"])
 @pytest.mark.parametrize("name", IMPLICIT)
 def test_symmetric_methods_are_reversed_by_their_own_steps(name, variable):
-    """Encode, then decode on the same grid, with forty sweeps: to 1e-9; Radau IIA is not symmetric and comes back only to its
+    """Encode, then decode on the same grid, with thirty sweeps: to 1e-9; Radau IIA is not symmetric and comes back only to its
     order.
     """
     path = VP()
     mixture = Mixture1D(path)
     grid = path.time(torch.linspace(1.5, -1.0, 9, dtype=torch.float64)).tolist()
-    x = torch.linspace(-1.2, 1.4, 8, dtype=torch.float64)[:, None]
-    solver = RungeKutta(fixed_point(IMPLICIT[name], 40), variable)
+    x = torch.linspace(-1.2, 1.4, 4, dtype=torch.float64)[:, None]
+    solver = RungeKutta(fixed_point(IMPLICIT[name], 30), variable)
     latent = integrate(solver, mixture.score, x, grid).x
     back = integrate(solver, mixture.score, latent, grid[::-1]).x
     error = float((back - x).abs().max())
