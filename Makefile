@@ -36,8 +36,10 @@ $(VENV)/.quick: pyproject.toml $(VENV)/.torch
 	$(PIP) -e '.[report]'
 	touch $@
 
+# Libraries that the adapters are compared with, alone: azula asks for torchvision, whose wheels do not fit this torch.
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps azula einops flow_matching
 	touch $@ $(VENV)/.quick
 
 clean:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from scores import Score
+from scores.checkpoint import Weights, load_into, load_weights
+from scores.safetensors_file import encode
 from sde import EDM
-from sde.errors import InputError
+from sde.errors import CheckpointError, InputError
 
 
 class _Block(nn.Module):
@@ -56,13 +58,17 @@ class DigitNetwork(nn.Module):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+    def hidden(self, x: Tensor, label: Tensor) -> Tensor:
+        """What the last layer sees, (B, width)."""
         angle = label[:, None] * self.frequencies  # pyright: ignore[reportOperatorIssue]
         level = self.embed(torch.cat([angle.cos(), angle.sin()], 1))
         h = self.first(x.flatten(1))
         for block in self.blocks:
             h = block(h, level)
-        return self.last(self.norm(h)).reshape(x.shape)
+        return self.norm(h)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return self.last(self.hidden(x, label)).reshape(x.shape)
 
 
 def edm_score(network: nn.Module, sigma_data: float, mode: str = "eval") -> Score:
@@ -80,33 +86,18 @@ def edm_score(network: nn.Module, sigma_data: float, mode: str = "eval") -> Scor
 
 def to_bytes(network: DigitNetwork, about: Mapping[str, object]) -> bytes:
     """The weight file's bytes: the same weights and words give the same bytes."""
-    from safetensors.torch import save
-
-    tensors = {name: value.detach().to(torch.float16).contiguous() for name, value in sorted(network.state_dict().items())}
-    return save(tensors, {"about": json.dumps(about, sort_keys=True)})  # one entry: several would be written in any order
+    tensors = {name: value.detach().to(torch.float16) for name, value in network.state_dict().items()}
+    return encode(tensors, {"about": json.dumps(about, sort_keys=True)})
 
 
 def about(file: File) -> dict[str, Any]:
     """What a weight file says of itself."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as tensors:
-            words = json.loads((tensors.metadata() or {}).get("about", ""))
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such weight file; make it with: python -m benchmarks train digits --out {file}") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{file}: not a weight file of benchmarks train ({error})") from None
-    if not isinstance(words, dict):
-        raise InputError(f"{file}: not a weight file of benchmarks train")
-    return words
+    return _read(file)[1]
 
 
 def load(file: File, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Score:
     """The score in a weight file. The network's settings are read from the file, its tensors checked against them."""
-    from safetensors.torch import load_file
-
-    words = about(file)
+    weights, words = _read(file)
     try:
         settings, sigma_data = dict(words["network"]), float(words["sigma_data"])
         if (settings.pop("kind"), words["path"], words["predicts"]) != ("DigitNetwork", "EDM", "F"):
@@ -115,9 +106,22 @@ def load(file: File, device: torch.device | str = "cpu", dtype: torch.dtype = to
         if not (1 <= width <= 4096 and 1 <= blocks <= 64):
             raise InputError(f"{file}: a width of {width} and {blocks} blocks are out of bounds")
         network = DigitNetwork(width, blocks, float(settings["dropout"]))
-        network.load_state_dict(load_file(file))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, InputError):
+        load_into(network, weights)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError) and not isinstance(error, CheckpointError):
             raise
-        raise InputError(f"{file}: its tensors do not fit its description ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{file}: its tensors do not fit its description ({error})") from None
     return edm_score(network.to(device, dtype).requires_grad_(False), sigma_data)
+
+
+def _read(file: File) -> tuple[Weights, dict[str, Any]]:
+    """The tensors of a weight file, and what it says of itself."""
+    try:
+        weights = load_weights(file)
+        words = json.loads(weights.metadata.get("about", ""))
+    except ValueError as error:  # a CheckpointError, or words that are no JSON
+        why = error if isinstance(error, CheckpointError) else f"{file}: it does not say what it is"
+        raise InputError(f"{why}: not a weight file; make one with: python -m benchmarks train digits --out {file}") from None
+    if not isinstance(words, dict):
+        raise InputError(f"{file}: not a weight file of benchmarks train")
+    return weights, words

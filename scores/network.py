@@ -46,13 +46,14 @@ class Score(Predictor):
     scale       function t -> c_in, on float64 tensors (default: no scaling).
     sigma_data  of the "F" row.
     output      which element of a tuple, list or dict, or which attribute of an object, is the output (a tensor is itself).
-    split       "learned_var": of 2C channels returned for C, the first C are the output.
+    split       "learned_var": of 2C channels returned for C, the first C are the output; the rest is for ``with_variance``.
     mode        None: warn when dropout or batch-norm layers are in train mode. "eval": be in eval mode while ``running``, then
                 restore. "keep": leave the mode alone, silently.
     conditions  constant keyword arguments of the network, handed over as they are (only moved to x's device). Those given to
                 ``predict`` or ``at`` override them and are per sample: tensors with a batch dimension must have B rows, or one.
     dtype       cast the input to this dtype (a half-precision network) and the output back. The state itself, the time
                 label and all arithmetic on states stay float32 or more. Default: the input is handed over as it is.
+    evals       batches of samples that one call puts through the network: 2 where it guides itself, for ``net_evals``.
 
     Conventions of well-known families:
 
@@ -82,6 +83,7 @@ class Score(Predictor):
         mode: str | None = None,
         conditions: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
+        evals: int = 1,
     ) -> None:
         self._signature = _signature(network)
         self._accepted: set[tuple[str, ...]] = set()  # condition names that the signature takes
@@ -107,11 +109,13 @@ class Score(Predictor):
             raise InputError(f"dtype={dtype!r}: give a floating torch.dtype, or None to hand the input over as it is")
         if conditions is not None and not isinstance(conditions, Mapping):
             raise InputError(f"conditions is {_seen(conditions)}: give a dict of keyword arguments of the network")
+        if isinstance(evals, bool) or not isinstance(evals, int) or evals < 1:
+            raise InputError(f"evals={evals!r}: give the number of batches that one call puts through the network, an int >= 1")
         self.network = network
         self.path = path
         self.predicts = predicts
         self.label, self.scale, self.sigma_data = label, scale, float(sigma_data)
-        self.output, self.split, self.mode, self.dtype = output, split, mode, dtype
+        self.output, self.split, self.mode, self.dtype, self.evals = output, split, mode, dtype, evals
         self.conditions = dict(conditions or {})
         self._module = _module_of(network)
         self._moody = [] if self._module is None else _mode_dependent(self._module)
@@ -154,7 +158,21 @@ class Score(Predictor):
         that is not finite (log t at t = 0) is an error of the call, not of this preparation.
         """
         self._check_mode()
-        make = self._maker(x, conditions, tally)
+        return self._at(knots, x, self._maker(x, conditions, tally))
+
+    def with_variance(
+        self, knots: Sequence[Knot], x: Tensor, conditions: Mapping[str, Any], tally: Tally
+    ) -> list[Callable[[Tensor], tuple[Tensor, Tensor]]]:
+        """As ``at``, for networks of 2C channels: state -> (first half, second half), both of x's shape, dtype and device.
+
+        ``split="learned_var"`` says that the second half is the learned variance of Nichol & Dhariwal (2021).
+        """
+        if self.split is None:
+            return super().with_variance(knots, x, conditions, tally)
+        self._check_mode()
+        return self._at(knots, x, self._maker(x, conditions, tally, self._halves))
+
+    def _at(self, knots: Sequence[Knot], x: Tensor, make: Callable[..., Any]) -> list[Any]:
         rows, factors, labels = self._prepared(knots, x)
         return [
             make(row, factor, k.t)
@@ -283,14 +301,20 @@ class Score(Predictor):
     def _scales(self, t: Tensor) -> Tensor | None:
         return None if self.scale is None else _of_time("scale", self.scale, t).to(torch.float64)
 
-    def _maker(self, x: Tensor, conditions: Mapping[str, Any], tally: Tally) -> Callable[..., Callable[[Tensor], Tensor]]:
-        """make(label, factor, t) -> call(x): everything that does not depend on the time is bound here, once."""
+    def _maker(
+        self, x: Tensor, conditions: Mapping[str, Any], tally: Tally, accept: Callable[..., Any] | None = None
+    ) -> Callable[..., Callable[[Tensor], Any]]:
+        """make(label, factor, t) -> call(x): everything that does not depend on the time is bound here, once.
+
+        ``accept`` is what takes every output; without one an output that is right as it is passes, and ``_accept`` the rest.
+        """
         check_state(x)
         if x.dtype not in (torch.float32, torch.float64):
             raise InputError(f"the state is {_short(x)}: give float32 or float64, and Score(dtype={x.dtype}) for the network")
         kwargs = {**_moved(self.conditions, x.device), **_moved_rows(conditions, x)}
         self._check_arguments(kwargs)
-        network, accept, cast = self.network, self._accept, self.dtype
+        network, evals, cast = self.network, self.evals, self.dtype
+        plain, accept = accept is None, accept or self._accept
         shape, dtype, device = x.shape, x.dtype, x.device
         watch = not (torch.is_inference_mode_enabled() or x.is_inference())
 
@@ -301,7 +325,7 @@ class Score(Predictor):
             def call(x: Tensor) -> Tensor:
                 nonlocal tracked
                 tally.nfe += 1
-                tally.net_evals += 1
+                tally.net_evals += evals
                 version = written = 0
                 try:
                     if tracked:
@@ -311,7 +335,7 @@ class Score(Predictor):
                     if tracked and x.is_inference():  # no version counter, so the network was not reached
                         tracked = False
                         tally.nfe -= 1
-                        tally.net_evals -= 1
+                        tally.net_evals -= evals
                         return call(x)
                     if isinstance(error, ToolkitError):
                         raise
@@ -321,7 +345,7 @@ class Score(Predictor):
                     self._last = None  # the labels kept for the next run are spoilt
                     raise NetworkError("the network changed its time label in place: let it work on a copy, t = t * 1000", t=t)
                 changed = tracked and x._version != version
-                if type(y) is Tensor and y.dtype is dtype and y.shape == shape and y.device == device and not changed:
+                if plain and type(y) is Tensor and y.dtype is dtype and y.shape == shape and y.device == device and not changed:
                     return y
                 return accept(y, x, t, changed)
 
@@ -362,6 +386,18 @@ class Score(Predictor):
                 stacklevel=4,
             )
         return y.to(x.dtype)
+
+    def _halves(self, y: Any, x: Tensor, t: float | None, changed: bool) -> tuple[Tensor, Tensor]:
+        """Both halves of 2C channels, each accepted like an output."""
+
+        def fail(message: str) -> NoReturn:
+            raise NetworkError(message if t is None else f"at t={t:g}: {message}", t=t)
+
+        y = self._element(y, fail)
+        if x.dim() < 2 or y.shape != (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
+            fail(f"network output {tuple(y.shape)} for a state {tuple(x.shape)} has no learned variance: use solver='ddpm'")
+        first, second = y.chunk(2, dim=1)
+        return self._accept(first, x, t, changed), self._accept(second, x, t, changed)
 
     def _element(self, y: Any, fail: Callable[[str], NoReturn]) -> Tensor:
         if isinstance(y, Tensor):

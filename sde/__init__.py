@@ -1,5 +1,9 @@
 """What is being solved: noise paths, predictions, forward and reverse SDEs, the probability flow."""
 
+from .likelihood import Likelihood as Likelihood
+from .likelihood import bits_per_dim as bits_per_dim
+from .likelihood import dequantise as dequantise
+from .likelihood import log_likelihood as log_likelihood
 from .noise import Brownian as Brownian
 from .noise import White as White
 from .noise import clock as clock

@@ -19,6 +19,10 @@ class PathError(InputError):
     """The noise path (alpha_t, sigma_t) is undefined, or not usable, at a time that was asked for."""
 
 
+class CheckpointError(InputError):
+    """A file of weights is missing, broken, dangerous, or does not fit what it is wanted for; nothing in it was run."""
+
+
 class NetworkError(ToolkitError, RuntimeError):
     """The network failed or returned something unusable.
 
@@ -46,6 +50,14 @@ class CallbackError(ToolkitError, RuntimeError):
         self.step, self.x = step, x
 
 
+class RunError(ToolkitError, RuntimeError):
+    """A run cannot be carried out, or cannot go on; what is on the disk is whole. The same command again goes on from there."""
+
+
+class ResultsError(ToolkitError, ValueError):
+    """A folder or file of results is damaged, or of another version or configuration than what is asked of it."""
+
+
 class ToolkitWarning(UserWarning):
     """Base of all warnings issued by this package."""
 
@@ -60,6 +72,10 @@ class PrecisionWarning(ToolkitWarning):
 
 class BudgetWarning(ToolkitWarning):
     """A budget of network evaluations is below one step of the solver, so a lower order was used."""
+
+
+class UnverifiedWarning(ToolkitWarning):
+    """A check of a file against its digest was asked for, and no digest of it is known."""
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

@@ -524,6 +524,24 @@ class Tabulated(Path):
         return cls(_table((1.0 - square[1:] / square[:-1]).clamp(max=max_beta)), zero_terminal_snr)
 
     @classmethod
+    def sigmoid(
+        cls, n: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, *, zero_terminal_snr: bool = False
+    ) -> Tabulated:
+        """beta_k = beta_start + (beta_end - beta_start) s_k, s_k the logistic function on n points of [-6, 6] (GeoDiff)."""
+        _check_count(n)
+        ramp = torch.sigmoid(torch.linspace(-6.0, 6.0, n, dtype=torch.float64))
+        return cls(_table(beta_start + (beta_end - beta_start) * ramp), zero_terminal_snr)
+
+    @classmethod
+    def from_alpha_bar(
+        cls, alpha_bar: Callable[[float], float], n: int = 1000, max_beta: float = 0.999, *, zero_terminal_snr: bool = False
+    ) -> Tabulated:
+        """1 - beta_k = alpha_bar((k + 1)/n) / alpha_bar(k/n), beta capped; alpha_bar a function of [0, 1]: alpha^2."""
+        _check_count(n)
+        levels = torch.tensor([alpha_bar(k / n) for k in range(n + 1)], dtype=torch.float64)
+        return cls(_table((1.0 - levels[1:] / levels[:-1]).clamp(max=max_beta)), zero_terminal_snr)
+
+    @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Sequence[float] | Tensor, *, zero_terminal_snr: bool = False) -> Tabulated:
         """From the products alpha_k^2, decreasing from below 1; the last may be 0."""
         table = _as_float64(alphas_cumprod).detach().cpu()
@@ -594,6 +612,22 @@ class Tabulated(Path):
             return t
         left = _unit_alpha(lam) * math.exp(0.5 * float(rates[-1])) / n  # alpha over its slope
         return torch.where(_unit_rate(lam) > rates[-1], 1.0 - left, t)
+
+
+def _laplace(t: float) -> float:
+    snr = math.exp(-0.5 * math.copysign(1.0, 0.5 - t) * math.log(1.0 - 2.0 * abs(0.5 - t) + 1e-6))
+    return math.sqrt(snr / (1.0 + snr))
+
+
+#: diffusers' ``beta_schedule`` -> (n, beta_start, beta_end, zero_terminal_snr=) -> table.
+BETA_SCHEDULES: dict[str, Callable[..., Tabulated]] = {
+    "linear": Tabulated.linear,
+    "scaled_linear": Tabulated.scaled_linear,
+    "sigmoid": Tabulated.sigmoid,
+    "squaredcos_cap_v2": lambda n, start, end, **zero: Tabulated.squared_cosine(n, **zero),
+    "exp": lambda n, start, end, **zero: Tabulated.from_alpha_bar(lambda t: math.exp(-12.0 * t), n, **zero),
+    "laplace": lambda n, start, end, **zero: Tabulated.from_alpha_bar(_laplace, n, **zero),
+}
 
 
 def _check_count(n: int) -> None:

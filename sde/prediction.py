@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .errors import InputError, PathError
+
 if TYPE_CHECKING:
     from .path import Path
 
@@ -100,6 +102,47 @@ def solve_row(row: Row, alpha: Scalar, sigma: Scalar) -> tuple[Row, Row]:
     return Row(b / det, -sigma / det), Row(-a / det, alpha / det)
 
 
+def affine(row: Row, knot: Knot, c: float, d: float) -> tuple[float, float]:
+    """(u, v) with c x0 + d eps = u x + v y, where y = a x0 + b eps is the network's output.
+
+    Raises PathError where the output does not determine the combination: an eps network at alpha = 0 knows nothing of x0, an
+    x0 network at sigma = 0 nothing of eps.
+    """
+    a, b = row
+    det = knot.alpha * b - knot.sigma * a
+    if det != 0.0 and math.isfinite(det):
+        return (c * b - d * a) / det, (d * knot.alpha - c * knot.sigma) / det
+    if det == 0.0 and c * b == d * a and (a, b) != (0.0, 0.0):
+        return 0.0, (d / b if b != 0.0 else c / a)
+    if math.isfinite(det) and c * knot.sigma == d * knot.alpha:
+        return (c / knot.alpha if knot.alpha != 0.0 else d / knot.sigma), 0.0
+    name = _row_name(row)
+    if knot.alpha == 0.0:
+        raise PathError(
+            f"{name}-prediction is undefined at alpha = 0 (t = {knot.t:g}, zero terminal SNR): "
+            f"use a v, velocity or x0 network, or start below t = {knot.t:g}"
+        )
+    raise PathError(
+        f"{name}-prediction does not determine the pair (x0, eps) at t = {knot.t:g} "
+        f"(alpha = {knot.alpha:g}, sigma = {knot.sigma:g}): stop at a time with sigma > 0, such as the path's t_min"
+    )
+
+
+def _row_name(row: Row) -> str:
+    return {(0.0, 1.0): "eps", (1.0, 0.0): "x0"}.get((row[0], row[1]), "score" if math.isinf(row[1]) else "this")
+
+
+def rows_of(conditions: Any, rows: slice, batch: int) -> Any:
+    """The conditions of some samples: these rows of tensors with a row a sample, however nested; anything else as it is."""
+    if isinstance(conditions, Tensor):
+        return conditions[rows] if conditions.dim() and len(conditions) == batch else conditions
+    if isinstance(conditions, Mapping):
+        return {k: rows_of(v, rows, batch) for k, v in conditions.items()}
+    if type(conditions) in (tuple, list):
+        return type(conditions)(rows_of(v, rows, batch) for v in conditions)
+    return conditions
+
+
 class Tally:
     """Network evaluations of one run, counted where the network is called.
 
@@ -134,6 +177,12 @@ class Predictor(ABC):
         Each network call adds to ``tally``.
         """
 
+    def calls(self, *knots: Knot) -> int:
+        """Network calls of one evaluation of a batch at this knot, or of a batch whose samples are at these knots; without
+        knots, the most that an evaluation anywhere makes. A budget is reckoned with it; what is reported is counted.
+        """
+        return 1
+
     def each(self, knots: Sequence[Knot], x: Tensor, conditions: Mapping[str, Any], tally: Tally) -> Callable[[Tensor], Tensor]:
         """One function for a batch whose sample i is at ``knots[i]``: state -> raw outputs y, in the row of each knot.
 
@@ -151,6 +200,16 @@ class Predictor(ABC):
             return a * pair.x0 + b * pair.eps
 
         return call
+
+    def with_variance(
+        self, knots: Sequence[Knot], x: Tensor, conditions: Mapping[str, Any], tally: Tally
+    ) -> list[Callable[[Tensor], tuple[Tensor, Tensor]]]:
+        """As ``at``, for networks that have also learned the variance of an ancestral step (Nichol & Dhariwal 2021):
+        state -> (raw output y, v), both shaped like x, where v in [-1, 1] says where between its bounds the variance lies.
+        """
+        raise InputError(
+            f"{type(self).__name__} has no learned variance: use solver='ddpm', whose variance is that of q(x_t | x_s, x0)"
+        )
 
     @abstractmethod
     def predict(self, x: Tensor, t: Any, **conditions: Any) -> Prediction:

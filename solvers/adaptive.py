@@ -428,7 +428,7 @@ class _Run:
 
     def _call(self, call: Callable[[Tensor], Tensor], knots: list[Knot], state: Tensor) -> Tensor:
         solver = self.solver
-        if self.evaluator.tally.nfe - self.first >= solver.max_nfe:
+        if self.evaluator.tally.nfe - self.first + self.score.calls(*knots) > solver.max_nfe:
             left = {s.at.t: abs(self.position(self.stop) - self.position(s.at)) for s in self.samples}
             t = max(left, key=left.__getitem__)
             raise StepLimitError(

@@ -26,9 +26,14 @@ def _library(ours: Mapping[str, str], notes: Mapping[str, str], without: Mapping
 
 
 _DISCRETE = "a sampler of discrete tokens, not of a Gaussian path"
-_CFG_PP = "CFG++ is a guidance (the renoising uses the unconditional prediction), not a step rule"
-_GUIDED = "conditional sampling through the likelihood of an observation, not a step rule"
-_HIGH = "a Runge-Kutta method of more than 8 stages: fewer than two steps at 16 calls; use rk8 or dopri8 for that accuracy"
+_CFG_PP = (
+    "CFG++ is a guidance (the renoising takes the unconditional prediction), not a step rule: solvers.guided.cfg_pp(plan, w) "
+    "gives the one that makes it of a plan of one-call steps"
+)
+_GUIDED = (
+    "conditioning on an observation is a guidance, not a step rule: scores.guidance has dps, pigdm and inpaint, for any sampler"
+)
+_HIGH = "a Runge-Kutta method of more than 8 stages: fewer than two steps at 16 calls; use edm_rk8 or dopri8 for that accuracy"
 _DIRK = (
     "diagonally implicit: each stage solves an equation; fixed-point sweeps do not keep its stability, use gauss4 or radau_iia3"
 )
@@ -39,6 +44,8 @@ _HYBRID = (
 _VARIANT = "another tableau of the same order and cost: use etdrk4, krogstad, strehmel_weiner or friedli"
 _SSP = "strong stability preserving at large steps, which a smooth flow does not ask for: use ssprk3 or ssprk43"
 _OVERDAMPED = "a solver of Langevin dynamics in position and momentum with its own noise; see pc_ddpm_underdamped"
+
+_SQUARED = "its eta is our eta squared"
 
 ALIASES: dict[str, dict[str, Alias]] = {
     "diffusers": _library(
@@ -85,6 +92,7 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "UniPCMultistepScheduler": "solver_type bh1: unipc_2_bh1; solver_order=3: unipc_3",
             "SCMScheduler": "on the Trigonometric path",
             "FlowMatchLCMScheduler": "on the Linear path",
+            "SASolverScheduler": "unless told otherwise AdamsMoulton(2, 2), and eta 1 at time steps 200 to 800, else 0",
         },
         {
             _DISCRETE: "AmusedScheduler BlockRefinementScheduler DiscreteDDIMScheduler EntropyBoundScheduler "
@@ -92,7 +100,7 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "needs a flow-map network u(x, s, t) of two times": "FlowMapEulerDiscreteScheduler",
             "needs a network that predicts a policy, not a point": "PiflowScheduler",
             "changes the resolution between stages: a pipeline, not a step rule": "HeliosScheduler HeliosDMDScheduler",
-            "inpainting by jumping back and forth: the jumps are restart's, the rest belongs to the pipeline": ""
+            "inpainting: scores.guidance.inpaint around the score, solvers.guided.Resample around the solver for its jumps": ""
             "RePaintScheduler",
             "protein frames: the rotations are not on a Gaussian path": "RFD4ProteinaScheduler",
             "tied to one model's own stages and caches": "MiniMaxH3Scheduler",
@@ -118,7 +126,11 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "sample_euler": "s_churn > 0: Churn(RungeKutta(EULER, 'rho'), s_churn)",
             "sample_heun": "s_churn > 0: edm_sde",
             "sample_dpmpp_2m_sde": "solver_type heun: dpmpp_2m_sde_heun; its eta is our eta squared",
-            "sample_dpmpp_3m_sde": "D2 at half its weight: order two; dpmpp_3m_sde has it right",
+            "sample_dpmpp_3m_sde": "D2 at half its weight: order two; dpmpp_3m_sde has it right; its eta is our eta squared",
+            "sample_euler_ancestral": "its eta is ours, and DDIM's",
+            "sample_dpm_2_ancestral": "its eta is ours",
+            "sample_dpmpp_2s_ancestral": "its eta is ours",
+            "sample_dpmpp_sde": "its eta is another parameter, which agrees with ours at 0 and 1",
         },
         {"a likelihood, not a sampler: sde.log_likelihood's work": "log_likelihood"},
     ),
@@ -159,7 +171,14 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "dpm_2_ancestral_rf": "dpm_2_ancestral_RF",
             "dpmpp_2s_ancestral_rf": "dpmpp_2s_ancestral_RF",
         },
-        {"ipndm_v": "with the right weights: the released ones have a misplaced parenthesis", "deis": "max_order=3, mode tab"},
+        {
+            "ipndm_v": "with the right weights: the released ones have a misplaced parenthesis",
+            "deis": "max_order=3, mode tab",
+            **dict.fromkeys(["dpmpp_2m_sde", "dpmpp_2m_sde_gpu", "dpmpp_2m_sde_heun", "dpmpp_2m_sde_heun_gpu"], _SQUARED),
+            **dict.fromkeys(["seeds_2", "seeds_3", "exp_heun_2_x0_sde"], _SQUARED),
+            **dict.fromkeys(["dpmpp_3m_sde", "dpmpp_3m_sde_gpu"], "D2 at half its weight; " + _SQUARED),
+            **dict.fromkeys(["euler_ancestral_RF", "dpm_2_ancestral_RF", "dpmpp_2s_ancestral_RF"], _SQUARED),
+        },
         {
             _CFG_PP: "euler_cfg_pp euler_ancestral_cfg_pp dpmpp_2s_ancestral_cfg_pp dpmpp_2m_cfg_pp res_multistep_cfg_pp "
             "res_multistep_ancestral_cfg_pp gradient_estimation_cfg_pp cfgpp_ud10_ab",
@@ -171,11 +190,10 @@ ALIASES: dict[str, dict[str, Alias]] = {
     ),
     "res4lyf": _library(
         {
-            "res_2m": "res_2m",
+            "res_2m": "res_2m abnorsett_2m",
             "res_3m": "res_3m abnorsett_3m",
             "dpmpp_2m": "dpmpp_2m",
             "dpmpp_3m_published": "dpmpp_3m",
-            "dpm_2m": "abnorsett_2m",
             "dpmpp_4m": "abnorsett_4m",
             "deis_t_2": "deis_2m",
             "deis_t_3": "deis_3m",
@@ -221,7 +239,11 @@ ALIASES: dict[str, dict[str, Alias]] = {
         },
         {
             "dpmpp_3m": "D2 at half its weight as released; dpmpp_3m has it right",
-            "abnorsett_2m": "Adams-Bashforth-Norsett in eps",
+            **dict.fromkeys(
+                ["abnorsett_2m", "abnorsett_3m", "abnorsett_4m"],
+                "theirs has the weights of equal steps in lambda whatever the grid",
+            ),
+            "euler": "its linear samplers step in sigma, which is t on EDM and Linear; on VP, those named edm_",
         },
         {
             "a variant of res_3s with other nodes": "res_3s_non-monotonic res_3s_lie res_3s_sunstar res_3s_strehmel_weiner",
@@ -240,7 +262,7 @@ ALIASES: dict[str, dict[str, Alias]] = {
     ),
     "skrample": _library(
         {
-            "ddim": "Euler DPM1 RK1.Euler",
+            "ddim": "Euler DPM1 UniP1 RK1.Euler",
             "dpmpp_2m": "DPM2",
             "dpmpp_3m_published": "DPM3",
             "lms_1": "Adams1",
@@ -286,7 +308,6 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "beyond order four a multistep of first-order starts gains nothing: lms_4, or dpmpp_5m_started": ""
             "Adams5 Adams6 Adams7 "
             "Adams8 Adams9",
-            "order one, the same as ddim": "UniP1",
             "beyond order six the released weights lose their digits; use unipc_6": "UniP5 UniP6 UniP7 UniP8 "
             "UniP9 UniPC7 UniPC8 "
             "UniPC9",
@@ -310,16 +331,23 @@ ALIASES: dict[str, dict[str, Alias]] = {
         {
             "ddpm": "DDPMSampler",
             "ddim": "DDIMSampler",
-            "euler": "EulerSampler",
-            "heun": "HeunSampler",
+            "edm_euler": "EulerSampler",
+            "edm_heun": "HeunSampler",
             "exponential_euler_sde": "ItoSampler",
             "lms_3": "zABSampler",
             "adams_3": "vABSampler",
             "dpm_3m": "zEABSampler",
             "dpmpp_3m": "xEABSampler",
-            "pc_ddpm": "PCSampler",
+            "pc_ddpm_sigma": "PCSampler",
         },
-        {"xEABSampler": "order=3", "zABSampler": "order=3", "zEABSampler": "order=3", "vABSampler": "order=3"},
+        {
+            "DDIMSampler": "its eta is the square of ddim_eta's",
+            "xEABSampler": "order=3",
+            "zABSampler": "order=3",
+            "zEABSampler": "order=3",
+            "vABSampler": "order=3; theirs is in sigma/(alpha + sigma), which is t on Linear alone",
+            "PCSampler": "eta=0 (its predictor is ddim), snr = sqrt(delta)/2, to first order in delta",
+        },
         {
             _GUIDED: "DPSSampler PGDMSampler TDSSampler RePaintSampler",
             "of order one as released (alpha_s^2 + sigma_t^2 for alpha_s^2 + sigma_s^2): use dpmpp_3m": "REABSampler",
@@ -362,6 +390,7 @@ ALIASES: dict[str, dict[str, Alias]] = {
         },
         {
             "reverse_diffusion": "the same on VE; on VP theirs discretises the linear part too",
+            "ancestral_sampling": "on VE; on VP, where its noise has the variance beta_k, ddpm_discrete",
             "none": "as predictor: Langevin steps alone",
             "ode": "scipy's RK45 is the same pair",
         },
@@ -387,13 +416,16 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "unipc_3_bh1": "UniPC_bh1",
             "unipc_3": "UniPC_bh2",
             "unipc_3_exact": "UniPC_vary_coeff",
+            "dpm_v3_3_gaussian_published": "DPM-Solver-v3",
         },
         {
+            "DPM-Solver-v3": "this row has the statistics of a Gaussian; with those of your model: "
+            "DPMSolverV3(3, statistics(score, data), ...), see docs/dpm_v3.md",
             "UniPC_vary_coeff": "with exact weights: the published ones are of order one",
             "singlestep_dpmsolver++_3": "solver_type taylor: dpmpp_3s_taylor",
             "singlestep_dpmsolver_3": "the schedule of orders that spends the budget exactly: dpm_fast",
         },
-        {"its coefficients are statistics of one trained model, hours of computing": "DPM-Solver-v3"},
+        {},
     ),
     "flow_matching": _library(
         {"euler": "euler", "midpoint": "midpoint", "rk38": "rk4", "heun3": "heun3", "dopri5": "dopri5"},
@@ -444,7 +476,11 @@ ALIASES: dict[str, dict[str, Alias]] = {
             "stochastic_heun": "heun euler_heun midpoint",
             "reversible_heun": "reversible_heun adjoint_reversible_heun",
         },
-        {"heun": "Stratonovich and Ito are one here, the noise being additive", "reversible_heun": "eta = 0"},
+        {
+            "heun": "Stratonovich and Ito are one here, the noise being additive",
+            "midpoint": "another stage, half-way, of the same orders",
+            "reversible_heun": "eta = 0",
+        },
         {
             "its terms beyond Euler vanish for additive noise: torchsde_euler": "log_ode",
         },

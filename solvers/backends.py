@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sde.errors import InputError, NetworkError, PathError, StepLimitError
-from sde.prediction import Knot
+from sde.prediction import Knot, rows_of
 
 from .base import Evaluator, non_finite
 
@@ -73,7 +73,7 @@ class TorchDiffEq:
                     "such as t_min"
                 )
         if self.per_sample:
-            parts = [self._solve(evaluator, x[i : i + 1], grid, i) for i in range(len(x))]
+            parts = self._each(evaluator, x, grid)
             accepted, rejected = (sum(getattr(p, kind) for p in parts) for kind in ("accepted", "rejected"))
             out = Outcome(torch.cat([p.x for p in parts]), accepted, rejected)
         else:
@@ -81,12 +81,24 @@ class TorchDiffEq:
         only_step(after, grid, out.x, self.method)
         return out
 
-    def _solve(self, evaluator: Evaluator, x: Tensor, grid: list[Knot], row: int = 0) -> Outcome:
+    def _each(self, evaluator: Evaluator, x: Tensor, grid: list[Knot]) -> list[Outcome]:
+        """Sample after sample, within one budget; what is reached when it is used up holds all samples."""
+        parts, first = list[Outcome](), evaluator.tally.nfe
+        for i in range(len(x)):
+            try:
+                parts.append(self._solve(_alone(evaluator, x, i), x[i : i + 1], grid, i, first))
+            except StepLimitError as error:
+                error.partial = torch.cat([*(p.x for p in parts), error.partial, x[i + 1 :]])
+                raise
+        return parts
+
+    def _solve(self, evaluator: Evaluator, x: Tensor, grid: list[Knot], row: int = 0, first: int | None = None) -> Outcome:
         from torchdiffeq import odeint
 
-        flow = _Flow(evaluator, grid[0], grid[-1], self.max_nfe, x)
+        flow = _Flow(evaluator, grid[0], grid[-1], self.max_nfe, x, first)
         times = torch.tensor([grid[0].t, grid[-1].t], dtype=torch.float64, device=x.device)
-        options = {"dtype": torch.float64, "step_t": times[-1:]}
+        # step_t: not past the end. A first step that torchdiffeq chooses would carry a gradient, which times do not.
+        options = {"dtype": torch.float64, "step_t": times[-1:], "first_step": 1e-3 * abs(grid[-1].t - grid[0].t)}
         try:
             y = odeint(flow, x, times, rtol=self.rtol, atol=self.atol, method=self.method, options=options)
         except NetworkError as error:
@@ -106,18 +118,24 @@ class TorchDiffEq:
         return Outcome(torch.as_tensor(y[-1]), flow.accepted, flow.rejected)
 
 
+def _alone(evaluator: Evaluator, x: Tensor, i: int) -> Evaluator:
+    """The evaluator of a batch of which only sample i is left, on the same count of calls."""
+    conditions = rows_of(evaluator.conditions, slice(i, i + 1), len(x))
+    return Evaluator(evaluator.score, x[i : i + 1], conditions, evaluator.eta_of, evaluator.tally)
+
+
 class _Flow:
     """The velocity as torchdiffeq's func(t, x), with its step callbacks."""
 
-    def __init__(self, evaluator: Evaluator, s: Knot, t: Knot, max_nfe: int, x: Tensor) -> None:
+    def __init__(self, evaluator: Evaluator, s: Knot, t: Knot, max_nfe: int, x: Tensor, first: int | None) -> None:
         self.evaluator, self.low, self.high, self.max_nfe = evaluator, min(s.t, t.t), max(s.t, t.t), max_nfe
         self.ends = {s.t: s, t.t: t}
         self.accepted = self.rejected = 0
-        self.first = evaluator.tally.nfe
+        self.first = evaluator.tally.nfe if first is None else first
         self.last, self.state, self.slope = s.t, x, x
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        if self.evaluator.tally.nfe - self.first >= self.max_nfe:
+        if self.evaluator.tally.nfe - self.first + self.evaluator.score.calls() > self.max_nfe:
             raise StepLimitError(
                 f"max_nfe={self.max_nfe} network calls used at t = {self.last:g} ({self.rejected} steps rejected): "
                 "raise max_nfe or the tolerances",
@@ -296,7 +314,7 @@ class _Reverse:
         if self._seen is not None and self._seen[0] == float(tau) and self._seen[1] is y and self._seen[2] == version:
             return self._value  # pyright: ignore[reportReturnType]
         k = self._knot(tau)
-        if self.evaluator.tally.nfe >= self.solver.max_nfe:
+        if self.evaluator.tally.nfe + self.evaluator.score.calls(k) > self.solver.max_nfe:
             state = y.detach().reshape(self.shape).clone()
             raise StepLimitError(
                 f"max_nfe={self.solver.max_nfe} network calls used at t = {k.t:g}: raise max_nfe or the tolerances",

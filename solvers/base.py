@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from sde.errors import NetworkError, PathError
+from sde.errors import NetworkError
 from sde.path import Path
-from sde.prediction import Knot, Prediction, Predictor, Row, Tally
+from sde.prediction import Knot, Prediction, Predictor, Row, Tally, affine
 
 Call = Callable[[Tensor], Tensor]  # state -> raw network output
 Form = Any  # a tensor, or a symbolic linear form while tracing
@@ -120,36 +120,6 @@ def march(
     return Step(x, carry)
 
 
-def affine(row: Row, knot: Knot, c: float, d: float, what: str = "") -> tuple[float, float]:
-    """(u, v) with c x0 + d eps = u x + v y, where y = a x0 + b eps is the network's output.
-
-    Raises PathError where the output does not determine the combination: an eps network at alpha = 0 knows nothing of x0, an
-    x0 network at sigma = 0 nothing of eps.
-    """
-    a, b = row
-    det = knot.alpha * b - knot.sigma * a
-    if det != 0.0 and math.isfinite(det):
-        return (c * b - d * a) / det, (d * knot.alpha - c * knot.sigma) / det
-    if det == 0.0 and c * b == d * a:
-        return 0.0, (d / b if b != 0.0 else c / a)
-    if math.isfinite(det) and c * knot.sigma == d * knot.alpha:
-        return (c / knot.alpha if knot.alpha != 0.0 else d / knot.sigma), 0.0
-    name = _row_name(row)
-    if knot.alpha == 0.0:
-        raise PathError(
-            f"{name}-prediction is undefined at alpha = 0 (t = {knot.t:g}, zero terminal SNR): "
-            f"use a v, velocity or x0 network, or start below t = {knot.t:g}"
-        )
-    raise PathError(
-        f"{name}-prediction does not determine the pair (x0, eps) at t = {knot.t:g} "
-        f"(alpha = {knot.alpha:g}, sigma = {knot.sigma:g}): stop at a time with sigma > 0, such as the path's t_min"
-    )
-
-
-def _row_name(row: Row) -> str:
-    return {(0.0, 1.0): "eps", (1.0, 0.0): "x0"}.get((row[0], row[1]), "score" if math.isinf(row[1]) else "this")
-
-
 class Affine(Prediction):
     """A prediction from a network's raw output, computed only as far as it is asked for."""
 
@@ -181,6 +151,8 @@ class Evaluator:
     eta_of: Callable[[Knot], float] = field(default=lambda knot: 0.0)
     tally: Tally = field(default_factory=Tally)
     _calls: dict[float, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    _wide: dict[float, Callable[[Tensor], tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    _knots: Sequence[Knot] = ()  # what was prepared last
 
     @property
     def path(self) -> Path:
@@ -196,6 +168,7 @@ class Evaluator:
         """The calls at these knots, prepared in one go so that the loop never waits for a device."""
         calls = self.score.at(knots, self.x, self.conditions, self.tally)
         self._calls.update((k.t, call) for k, call in zip(knots, calls, strict=True))
+        self._knots = knots
         return calls
 
     def output(self, x: Tensor, knot: Knot) -> Tensor:
@@ -205,6 +178,15 @@ class Evaluator:
 
     def predict(self, x: Tensor, knot: Knot) -> Prediction:
         return Affine(x, self.output(x, knot), self.score.row(knot), knot)
+
+    def predict_with_variance(self, x: Tensor, knot: Knot) -> tuple[Prediction, Tensor]:
+        """The prediction and the learned variance's v, from one call; InputError where the score has none."""
+        if knot.t not in self._wide:
+            knots = self._knots if knot in self._knots else [knot]
+            calls = self.score.with_variance(knots, self.x, self.conditions, self.tally)
+            self._wide.update((k.t, call) for k, call in zip(knots, calls, strict=True))
+        y, v = self._wide[knot.t](x)
+        return Affine(x, y, self.score.row(knot), knot), v
 
 
 @dataclass(frozen=True)
@@ -272,10 +254,13 @@ class FiniteCheck(Predictor):
 
     def __init__(self, score: Predictor, solver: str, steps: int) -> None:
         self.score, self.solver, self.steps = score, solver, steps
-        self.path, self.step, self.calls = score.path, 0, 0
+        self.path, self.step, self.made = score.path, 0, 0
 
     def row(self, knot: Knot) -> Row:
         return self.score.row(knot)
+
+    def calls(self, *knots: Knot) -> int:
+        return self.score.calls(*knots)
 
     def at(self, knots: Sequence[Knot], x: Tensor, conditions: Mapping[str, Any], tally: Tally) -> list[Call]:
         def checked(call: Call, knot: Knot) -> Call:
@@ -291,6 +276,20 @@ class FiniteCheck(Predictor):
     def each(self, knots: Sequence[Knot], x: Tensor, conditions: Mapping[str, Any], tally: Tally) -> Call:
         return self.score.each(knots, x, conditions, tally)  # step control looks at what it computes itself
 
+    def with_variance(
+        self, knots: Sequence[Knot], x: Tensor, conditions: Mapping[str, Any], tally: Tally
+    ) -> list[Callable[[Tensor], tuple[Tensor, Tensor]]]:
+        def checked(call: Callable[[Tensor], tuple[Tensor, Tensor]], knot: Knot) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+            def run(x: Tensor) -> tuple[Tensor, Tensor]:
+                y, v = call(x)
+                self.check(x, y + v, knot)
+                return y, v
+
+            return run
+
+        calls = self.score.with_variance(knots, x, conditions, tally)
+        return [checked(call, k) for call, k in zip(calls, knots, strict=True)]
+
     def predict(self, x: Tensor, t: Any, **conditions: Any) -> Prediction:
         return self.score.predict(x, t, **conditions)
 
@@ -299,11 +298,11 @@ class FiniteCheck(Predictor):
 
     def check(self, x: Tensor, y: Tensor, knot: Knot) -> None:
         """One network call: its input, a state or a stage of a step, then its output."""
-        self.calls += 1
+        self.made += 1
         self._overflow(x, knot, self.step)
         bad = non_finite(y)
         if bad:
-            error = bad_output(y, knot, self._place(self.step), self.calls, bad, len(y))
+            error = bad_output(y, knot, self._place(self.step), self.made, bad, len(y))
             error.step, error.args = self.step, (f"{self.solver}: {error}",)
             raise error
 

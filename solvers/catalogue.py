@@ -18,6 +18,7 @@ from .aliases import ALIASES, find
 from .backends import TorchDiffEq, TorchSDE
 from .base import BackEnd, Solver
 from .compose import Ancestral, Churn, Langevin, PredictorCorrector, Restart, Underdamped
+from .dpm_v3 import DPMSolverV3
 from .er_sde import ERSDE
 from .exponential import AdamsMoulton, FixedWeights, FrozenScore, Multistep, UniPC
 from .exponential_rk import ExponentialRK, PublishedSDE, SinglestepSchedule
@@ -98,6 +99,7 @@ _DEIS = "Zhang & Chen 2022 (DEIS)"
 _LIU = "Liu et al. 2022 (PNDM)"
 _XUE = "Xue et al. 2023 (SA-Solver)"
 _KDIFF = "Crowson 2022 (k-diffusion)"
+_ZHENG = "Zheng et al. 2023 (DPM-Solver-v3)"
 _ADAMS = "Bashforth & Adams 1883; Moulton 1926"
 
 #: Starts of order two and three, exact where x0 is constant.
@@ -291,6 +293,20 @@ SOLVERS: dict[str, Entry] = {
     ),
     "unipc_3_started": Entry(
         Started(UniPC(3, lower_final=False), _STAGES_3), "unipc_3_full that keeps its order from the start", _ZHAO
+    ),
+    # between data and noise prediction, here with the statistics of N(mu, 1/4); with a model's own: docs/dpm_v3.md
+    "dpm_v3_1_gaussian": Entry(DPMSolverV3(1), "one node in f, exact on data N(mu, 1/4) in one step", _ZHENG),
+    "dpm_v3_2_gaussian": Entry(DPMSolverV3(2), "two-step in f, statistics of N(mu, 1/4)", _ZHENG),
+    "dpm_v3_3_gaussian": Entry(DPMSolverV3(3), "three-step in f, statistics of N(mu, 1/4)", _ZHENG),
+    "dpm_v3_3_gaussian_started": Entry(
+        Started(DPMSolverV3(3), _STAGES_2), "dpm_v3_3_gaussian that keeps its order from the start", _ZHENG
+    ),
+    "dpm_v3_2_gaussian_corrected": Entry(DPMSolverV3(2, corrector=1), "dpm_v3_2_gaussian and a corrector", _ZHENG),
+    "dpm_v3_3_gaussian_corrected": Entry(DPMSolverV3(3, corrector=1), "dpm_v3_3_gaussian and a corrector", _ZHENG),
+    "dpm_v3_3_gaussian_published": Entry(
+        DPMSolverV3(3, corrector=0, pseudo="predictor", lower_final=True),
+        "as released for five calls: pseudo-order weights, corrected, lowered at the end; statistics of N(mu, 1/4)",
+        _ZHENG,
     ),
     # stochastic
     "euler_maruyama": Entry(EulerMaruyama(), "Euler-Maruyama of the reverse SDE", "Maruyama 1955; " + _SONG, eta=1.0),

@@ -29,6 +29,8 @@ def rho(k: Knot) -> float:
 
 def renoise(x: Form, low: Knot, high: Knot, noise: Form) -> Form:
     """The exact law at ``low`` to the exact law at ``high``: x/alpha gains noise of variance rho_high^2 - rho_low^2."""
+    if high.alpha == 0.0:
+        return high.sigma * noise
     spread = high.alpha * math.sqrt(max(rho(high) ** 2 - rho(low) ** 2, 0.0))
     return (high.alpha / low.alpha) * x + spread * noise
 
@@ -36,6 +38,16 @@ def renoise(x: Form, low: Knot, high: Knot, noise: Form) -> Form:
 def _check_inner(inner: Solver) -> None:
     if inner.order is None:
         raise InputError(f"inner={inner}: give a single-step solver of the probability flow, such as Multistep(1, 'x0')")
+
+
+def _check_single(inner: Solver) -> None:
+    """Noise at every step ends the trajectory that a multistep method interpolates along: it would be of order one unsaid."""
+    long = hasattr(inner, "remember") and (getattr(inner, "steps", 1) > 1 or (inner.order or 0.0) > 1.0)
+    if long or hasattr(inner, "main") or getattr(inner, "reversible", False):
+        raise InputError(
+            f"inner={inner!s:.100}: a method that goes on from earlier steps; noise at every step ends its trajectory: give a "
+            "single-step one, such as RungeKutta(HEUN, 'rho') or ExponentialRK(two_stage(), 'x0')"
+        )
 
 
 @dataclass(frozen=True)
@@ -207,6 +219,13 @@ class PredictorCorrector:
     weak = 1.0
     stochastic = True
 
+    def __post_init__(self) -> None:
+        if getattr(self.predictor, "rewrites", False):
+            raise InputError(
+                f"predictor={self.predictor!s:.100}: it makes the state that a step starts from anew, and would undo the "
+                "corrector: give one that does not, such as Multistep(2, 'x0') or AdamsMoulton(2, 3)"
+            )
+
     @property
     def invariant(self) -> bool:
         return getattr(self.predictor, "invariant", False)
@@ -265,6 +284,7 @@ class Churn:
     def __post_init__(self) -> None:
         if not (0.0 <= self.s_churn < math.inf and 0.0 < self.s_noise < math.inf and 0.0 <= self.s_min <= self.s_max):
             raise InputError(f"{self}: s_churn >= 0, s_noise > 0 and 0 <= s_min <= s_max")
+        _check_single(self.inner)
 
     @property
     def order(self) -> float | None:
@@ -352,6 +372,7 @@ class Ancestral:
         if self.rule not in SPLITS:
             raise InputError(f"rule={self.rule!r}: use one of {sorted(SPLITS)}")
         _check_inner(self.inner)
+        _check_single(self.inner)
 
     @property
     def order(self) -> float | None:
@@ -392,7 +413,7 @@ class Ancestral:
 
 @dataclass(frozen=True)
 class Restart:
-    """Restart sampling (Xu et al. 2023) around any single-step solver of the flow, on any path (rho = sigma/alpha).
+    """Restart sampling (Xu et al. 2023) around any solver of the flow, on any path (rho = sigma/alpha).
 
     ``intervals`` holds (low, high, repeats): when a step first arrives at or below rho = low, ``repeats`` times exact noise
     lifts the state from there to rho = high and ``inner`` integrates it down again. high is at most where the run began.
@@ -400,6 +421,8 @@ class Restart:
     ``steps`` None: down through the levels of the grid itself, so that everything is refined with it: weak order that of
     ``inner``, since the noise is exact. ``steps`` m: m steps even in rho^(1/7), as published (their N_Restart counts m + 1
     points); the error of those m steps is then a floor that no finer grid lowers.
+
+    A multistep ``inner`` begins every passage anew and goes on from the last one.
 
     A passage through an interval with v levels of the grid inside costs ``repeats`` (v + 1) inner steps, or ``repeats`` m; all
     are counted. ``stages`` bounds the calls of a run: at most ``stages`` a step.
@@ -444,16 +467,18 @@ class Restart:
         return getattr(self.inner, "reduced", self.inner)
 
     def step(self, problem: Problem, x: Form, s: Knot, t: Knot, carry: Any, noise: Noise) -> Step:
-        flow, visited = Flow(problem), (*(carry or ()), s)
-        x = self.inner.step(flow, x, s, t, None, noise).x
+        visited, memory = carry or ((), None)
+        flow, visited = Flow(problem), (*visited, s)
+        x, memory = self.inner.step(flow, x, s, t, memory, noise)
         for low, high, repeats in self.intervals:
             if rho(t) <= low < rho(s) and t.sigma > 0.0:
                 levels = self._levels(problem.path, visited, high, t)
                 for _ in range(repeats):
-                    x = problem.keep(renoise(x, t, levels[0], noise(t, t)))
+                    x, memory = problem.keep(renoise(x, t, levels[0], noise(t, t))), None
                     for a, b in itertools.pairwise(levels):
-                        x = problem.keep(self.inner.step(flow, x, a, b, None, noise).x)
-        return Step(x, visited)
+                        x, memory = self.inner.step(flow, x, a, b, memory, noise)
+                        x = problem.keep(x)
+        return Step(x, (visited, memory))
 
     def _levels(self, path: Path, visited: tuple[Knot, ...], high: float, t: Knot) -> list[Knot]:
         """The knots from ``high`` down to t: the grid's own in between, or ``steps`` even in rho^(1/7)."""

@@ -128,7 +128,7 @@ def denoising_error(
     repeats : noises a sample. All levels share them, so that the curve is smooth
     start, stop : the times it is measured between (default T and t_min), where lambda is finite
     """
-    measured = _Measurement(score, x0, levels, repeats, seed, start, stop, conditions)
+    measured = Measurement(score, x0, levels, repeats, seed, start, stop, conditions)
 
     def square(knots: list[Knot], i: int, eps: Tensor) -> Tensor:
         k = knots[i]
@@ -145,7 +145,7 @@ def score_optimal(score: Predictor, x0: Tensor, *, levels: int = 64, **measure: 
     In the coordinates x/alpha and rho = sigma/alpha, where the paper's image models live, so that it is the same grid on every
     path. Costs 2 (levels - 1) repeats network calls, once; the other arguments are those of ``denoising_error``.
     """
-    measured = _Measurement(
+    measured = Measurement(
         score, x0, levels, **{"repeats": 1, "seed": 0, "start": None, "stop": None, "conditions": None} | measure
     )
 
@@ -162,7 +162,7 @@ def score_optimal(score: Predictor, x0: Tensor, *, levels: int = 64, **measure: 
     return FittedGrid(0.5 * (lam[1:] + lam[:-1]), cost / (lam[1:] - lam[:-1]), tally.nfe, tally.net_evals)
 
 
-class _Measurement:
+class Measurement:
     """Means over noisy data at levels of equal steps in lambda."""
 
     def __init__(
@@ -190,17 +190,18 @@ class _Measurement:
         self.evaluator = Evaluator(score, x0, conditions or {})
 
     def average(self, measure: Callable[[list[Knot], int, Tensor], Tensor], count: int) -> Tensor:
-        """The mean over ``repeats`` noises of ``measure(knots, i, eps)``, i < count."""
-        total = torch.zeros(count, dtype=torch.float64)
+        """The mean over ``repeats`` noises of ``measure(knots, i, eps)``, a float64 number or array, for every i < count."""
+        total: Any = 0.0
         # data may have been drawn from a generator of the same seed: noise that equals them would be no noise
         normal = torch.Generator(device="cpu").manual_seed((0x5DEECE66D * (2 * self.seed + 1)) % 2**63)
         running = getattr(self.score, "running", nullcontext)
         with torch.no_grad(), running():
             for _ in range(self.repeats):
                 eps = torch.randn(self.x0.shape, generator=normal, dtype=torch.float64).to(self.x0)
-                total += torch.stack([measure(self.knots, i, eps).cpu() for i in range(count)])
-        if not bool(total.isfinite().all()):
-            i = int((~total.isfinite()).nonzero()[0])
+                total = total + torch.stack([measure(self.knots, i, eps).cpu() for i in range(count)])
+        good = total.reshape(count, -1).isfinite().all(1)
+        if not bool(good.all()):
+            i = int((~good).nonzero()[0])
             raise InputError(f"the network's output is not finite at t={self.knots[i].t:g}: measure between other times")
         return total / self.repeats
 

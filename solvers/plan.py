@@ -21,9 +21,9 @@ from torch import Tensor
 
 from sde.errors import InputError
 from sde.path import Path
-from sde.prediction import Knot, Prediction, Predictor
+from sde.prediction import Knot, Prediction, Predictor, affine
 
-from .base import Solver, affine, march
+from .base import Solver, march
 
 FORMAT = 1
 
@@ -473,7 +473,7 @@ def _assign(rows: Sequence[PlanRow], last: Mapping[int, int], states: Sequence[i
     def release(register: int) -> None:
         if register in slot and slot[register] != 0:
             s = slot.pop(register)
-            (free.append(s) if s in owned else code.append((FREE, s, 0, None)))
+            (free.append(s) if s in owned and in_place else code.append((FREE, s, 0, None)))
 
     for i, row in enumerate(rows):
         if isinstance(row, Call):
@@ -532,12 +532,18 @@ def execute(
     noise: Callable[[int, Knot, Knot, Tensor], Tensor] | None = None,
     after: Callable[[int, Tensor], None] | None = None,
 ) -> Generator[tuple[int, Tensor], Tensor, Tensor]:
-    """The interpreter: yields (call number, state), is sent the raw output, returns the last state."""
+    """The interpreter: yields (call number, state), is sent the raw output, returns the last state.
+
+    A program lowered with ``in_place=False`` writes to no tensor twice, so its states stay valid; there the caller may send
+    (output, state), the state that it gave to the network in place of the one yielded.
+    """
     slots: list[Any] = [None] * program.slots
     slots[0] = x
     for op, out, source, argument in program.code:
         if op == CALL:
             y = yield argument, slots[source]
+            if isinstance(y, tuple):  # (output, state): the caller changed the state; it is read here, never written
+                y, slots[source] = y
             # the network may hand its input back, or a view of it: the program writes to x while it still needs y
             slots[out] = y.clone() if y.data_ptr() == slots[source].data_ptr() else y
             y = None  # a name would keep the output alive

@@ -60,6 +60,27 @@ def trace(solver: Any, path: Path, times: Any, eta: Any = None) -> Plan:
     return trace_solver(solver, path, times, eta, name)
 
 
+def plan_of(
+    score: Predictor,
+    solver: Any,
+    *,
+    nfe: int | None = None,
+    steps: int | None = None,
+    grid: Any = "log_snr",
+    start: float | None = None,
+    stop: float | None = None,
+    eta: Any = None,
+) -> Plan:
+    """The table that ``sample`` runs for these arguments. InputError for solvers that have none."""
+    _check_score(score)
+    name, solver, eta = resolve(solver, eta)
+    if (nfe is None) == (steps is None):
+        raise InputError(f"give exactly one of nfe= and steps=, got nfe={nfe!r} and steps={steps!r}")
+    eta = _check_eta(solver, name, eta)
+    solver, times = _plan_times(solver, name, score, nfe, steps, grid, start, stop, eta)
+    return trace_solver(solver, score.path, times, eta, name)
+
+
 def sample(
     score: Predictor,
     shape: Sequence[int] | None = None,
@@ -106,7 +127,7 @@ def sample(
     if x is None and carry is not None:
         raise InputError("carry is given without a state: give x=out.x of the run that it is from")
     eta = _check_eta(solver, name, eta)
-    solver, times = _plan_times(solver, name, path, nfe, steps, grid, start, stop, eta)
+    solver, times = _plan_times(solver, name, score, nfe, steps, grid, start, stop, eta)
     source = _source(noise, seed, seeds)
     if x is None:
         size = _check_shape(shape)
@@ -148,7 +169,7 @@ def encode(
         raise InputError(
             f"solver={name!r} is stochastic: encoding follows the probability flow; use an ODE solver such as 'dpmpp_2m'"
         )
-    solver, times = _plan_times(solver, name, score.path, nfe, steps, grid, start, stop, eta, backwards=True)
+    solver, times = _plan_times(solver, name, score, nfe, steps, grid, start, stop, eta, backwards=True)
     _check_state(x)
     return _run(solver, name, score, 0.0, x, times, White(), _Extras(callback, trajectory, conditions, grad, progress, carry))
 
@@ -514,7 +535,7 @@ def _drawer(source: Source, x: Tensor) -> Callable[[int, Knot, Knot, Tensor], Te
 def _plan_times(
     solver: Solver,
     name: str,
-    path: Path,
+    score: Predictor,
     nfe: Any,
     steps: Any,
     grid: Any,
@@ -524,6 +545,7 @@ def _plan_times(
     backwards: bool = False,
 ) -> tuple[Solver, tuple[float, ...]]:
     """The solver and the times that ``steps`` or the budget ``nfe`` buys; ``backwards`` from data to noise."""
+    path = score.path
     if isinstance(grid, (Tensor, list, tuple)):
         raise InputError("grid holds times: for explicit times use integrate(solver, problem, x, times)")
     for label, value in (("start", start), ("stop", stop)):
@@ -545,15 +567,17 @@ def _plan_times(
 
         return replace(solver, max_nfe=min(budget, solver.max_nfe)), times(1)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType, reportCallIssue]
     if hasattr(solver, "spending"):
-        solver = solver.spending(budget, solver.target)  # pyright: ignore[reportAttributeAccessIssue]
+        solver = solver.spending(max(1, budget // score.calls()), solver.target)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def cost(n: int) -> int:
-        """Calls of n steps: a start or an end may cost more or less than ``stages`` a step."""
-        return trace_solver(solver, path, times(n), eta, name).nfe if solver.linear else n * solver.stages
+    def cost(n: int, solver: Solver) -> int:
+        """Calls of n steps: a start or an end may cost more or less than ``stages`` a step, an evaluation several calls."""
+        if not solver.linear:
+            return n * solver.stages * score.calls()
+        return sum(map(score.calls, trace_solver(solver, path, times(n), eta, name).knots))
 
-    if budget < solver.stages or cost(1) > budget:
-        low, least = getattr(solver, "reduced", None), max(solver.stages, cost(1))
-        if low is None or low.stages > budget:
+    if budget < solver.stages or cost(1, solver) > budget:
+        low, least = getattr(solver, "reduced", None), max(solver.stages, cost(1, solver))
+        if low is None or low.stages > budget or cost(1, low) > budget:
             raise InputError(f"nfe={budget}: a step of {name!r} costs {least} network calls; give at least that")
         warnings.warn(
             f"nfe={budget}: a step of {name!r} costs {least} network calls; one step of its lower order is used",
@@ -562,9 +586,10 @@ def _plan_times(
         )
         solver = low
     n = max(1, budget // solver.stages)
-    while n > 1 and cost(n) > budget:
+    n = max(1, n * budget // max(budget, cost(n, solver)))  # guidance makes several calls an evaluation
+    while n > 1 and cost(n, solver) > budget:
         n -= 1
-    while cost(n + 1) <= budget:
+    while cost(n + 1, solver) <= budget:
         n += 1
     return solver, times(n)
 

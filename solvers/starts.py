@@ -125,6 +125,10 @@ class Started:
         return self.main
 
     @property
+    def rewrites(self) -> bool:
+        return getattr(self.main, "rewrites", False)
+
+    @property
     def start_rule(self) -> str:
         return f"{self.steps} steps of order {self.starter.order:g}, {self.starter.stages} calls each"
 
@@ -206,6 +210,10 @@ class GradedStart:
     def reduced(self) -> Any:
         """main without its start."""
         return self.main
+
+    @property
+    def rewrites(self) -> bool:
+        return getattr(self.main, "rewrites", False)
 
     @property
     def start_rule(self) -> str:

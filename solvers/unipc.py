@@ -54,6 +54,11 @@ class UniPC:
             raise InputError(f"{self}: 1 <= steps <= 6, variant 'bh1', 'bh2' or 'exact', target 'x0' or 'eps'")
 
     @property
+    def rewrites(self) -> bool:
+        """Whether a step does not go on from the state it is handed: it makes that anew from the one before."""
+        return self.corrector
+
+    @property
     def inner_order(self) -> float:
         return float(self.steps + self.corrector)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from scores import Gaussian
 from sde import VP
 from sde.errors import InputError
-from solvers import SOLVERS, sample
+from solvers import GRIDS, SOLVERS, sample
 from solvers.aliases import ALIASES, markdown_table
 from solvers.catalogue import resolve
 
@@ -97,6 +100,13 @@ def test_every_name_is_resolved_or_explained(library):
         assert alias.solver in SOLVERS or (not alias.solver and len(alias.note) > 10), (name, alias)
 
 
+def test_the_samplers_that_a_note_advises_exist():
+    for names in ALIASES.values():
+        for name, alias in names.items():
+            for word in re.findall(r"\b(?:use|or|see) ([a-z]\w*\d\w*|[a-z]+_\w+)", alias.note):
+                assert word in SOLVERS, (name, alias.note)
+
+
 def test_most_names_resolve():
     resolved = sum(bool(ALIASES[library][name].solver) for library, name in ALL)
     assert resolved >= 0.6 * len(ALL), (resolved, len(ALL))
@@ -128,8 +138,18 @@ def test_a_foreign_name_without_its_library_is_recognised():
         resolve("UniPCMultistepScheduler")
 
 
-def test_the_table_of_the_documentation_is_this_one():
-    from pathlib import Path
+def test_the_grids_of_the_documentation_exist():
+    """Every grid of GRIDS has its row, and what other libraries' names point to is one."""
+    text = (Path(__file__).parents[1] / "docs" / "grids.md").read_text(encoding="utf-8")
+    own, other = text.split("| name |")[1].split("\n\n")[0], text.split("| there |")[1].split("\n\n")[0]
+    rows = [line.split("|") for line in own.splitlines()[2:]]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row[1])} == set(GRIDS)
+    for line in other.splitlines()[2:]:
+        named = re.findall(r"`(\w+)`", line.split("|")[2])
+        assert named
+        assert set(named) <= {*GRIDS, "rho", "Cosine"}, line
 
+
+def test_the_table_of_the_documentation_is_this_one():
     text = (Path(__file__).parents[1] / "docs" / "names.md").read_text(encoding="utf-8")
     assert markdown_table() in text, "run: python -m benchmarks samplers --write"

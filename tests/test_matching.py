@@ -1,15 +1,31 @@
-"""Denoising losses: each weight against its paper's formula, and the exact score as the minimiser of all of them."""
+"""Training losses: each weight against its paper's formula, and the exact score as the minimiser of all of them."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from scores import Gaussian, GaussianMixture, Score, as_network, denoising_loss
-from scores.matching import TIMES, WEIGHTS, Weight, draw_noise, draw_times, min_snr
-from sde import EDM, VP, Linear
-from sde.errors import InputError, PathError
+from scores.matching import (
+    TIMES,
+    WEIGHTS,
+    Weight,
+    diffuse,
+    draw_noise,
+    draw_probes,
+    draw_times,
+    flow_matching_loss,
+    implicit_loss,
+    min_snr,
+    ncsn_loss,
+    sliced_loss,
+    sure_loss,
+    uncertainty_weighted,
+)
+from sde import EDM, VE, VP, Linear, Tabulated
+from sde.errors import InputError, NetworkError, PathError
 from sde.prediction import OUTPUTS
 
 DOUBLE = torch.float64
@@ -71,6 +87,7 @@ def test_weights_are_the_formulas_of_the_papers(predicts, path):
         "v": ((a * e_eps - s * e_x0) ** 2) / (a**2 + s**2),
         "velocity": (da * e_x0 + ds * e_eps) ** 2,
         "score": s**2 * ((pair.eps - noise) / s) ** 2,
+        "ncsn": 0.5 * s**2 * (-pair.eps / s + noise / s) ** 2,
         "edm": (sig**2 + sd**2) / (sig * sd) ** 2 * e_x0**2,
         "min_snr": ((a / s) ** 2).clamp(max=5.0) * e_x0**2,
         "vdm": -dlam * e_eps**2,
@@ -98,6 +115,13 @@ def test_flow_matching_is_the_velocity_row():
     torch.testing.assert_close(loss, (net(x) - (noise - x0)).square().sum(1))
     loss.mean().backward()
     assert net.weight.grad is not None
+    named = flow_matching_loss(Score(lambda x, t: net(x), Linear(), "velocity"), x0, noise=noise, t=t)
+    torch.testing.assert_close(named, loss)
+    other = Score(lambda x, t: net(x), VP(), "eps")  # measured as a velocity all the same
+    pair = other.predict(diffuse(VP(), x0, noise=noise, t=t), t)
+    slopes = [fn(t)[:, None] for fn in (VP().dalpha, VP().dsigma)]
+    expected = (slopes[0] * (pair.x0 - x0) + slopes[1] * (pair.eps - noise)).square().sum(1)
+    torch.testing.assert_close(flow_matching_loss(other, x0, noise=noise, t=t), expected)
 
 
 def test_other_gammas_and_rows():
@@ -202,12 +226,314 @@ def test_ends_of_the_path():
         denoising_loss(Score(lambda x, t: x, path, "score"), x0, noise=noise, t=torch.tensor([0.5, 0.0]), weight=None)
 
 
+# ------------------------------------------------- expectations by quadrature, to rounding: no Monte Carlo from here on
+
+
+def hermite(n):
+    """Nodes and weights of E f(z), z unit normal: exact for polynomials up to degree 2 n - 1."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(n)
+    return torch.tensor(nodes, dtype=DOUBLE), torch.tensor(weights / weights.sum(), dtype=DOUBLE)
+
+
+def plane(n=7):
+    """Nodes (n^2, 2) and weights (n^2,) of two independent unit normals."""
+    z, w = hermite(n)
+    return torch.cartesian_prod(z, z), torch.cartesian_prod(w, w).prod(1)
+
+
+COV = torch.tensor([[0.5, 0.3], [0.3, 0.4]], dtype=DOUBLE)
+
+
+def gaussian(path):
+    return Gaussian(path, [0.4, -0.3], COV)
+
+
+def states(path, t):
+    """Nodes and weights for x_t of correlated Gaussian data."""
+    z, w = plane()
+    alpha, sigma = float(path.alpha(t)), float(path.sigma(t))
+    factor = torch.linalg.cholesky(alpha**2 * COV + sigma**2 * torch.eye(2, dtype=DOUBLE))
+    return alpha * torch.tensor([0.4, -0.3], dtype=DOUBLE) + z @ factor.T, w
+
+
+def swirl(x):
+    """A perturbation that is no gradient, with cross derivatives, of degree two."""
+    return torch.stack([0.3 + x[:, 1] ** 2, x[:, 0] * x[:, 1] - 0.5 * x[:, 0]], 1)
+
+
+SIGNS = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=DOUBLE)] * 2)[:, None]  # all Rademacher probes, (4, 1, 2)
+
+
+@pytest.mark.parametrize("path", [*PATHS.values(), Tabulated.linear(10, 0.05, 0.5)], ids=[*PATHS, "table"])
+@pytest.mark.parametrize("predicts", OUTPUTS)
+def test_an_error_of_the_network_costs_its_square(predicts, path):
+    """E loss(exact + e h) - E loss(exact) = e^2 E w |h'|^2 exactly, h' the error in the weight's row: no slope, all rise."""
+    law, t = Gaussian(path, [0.4], var=0.3), float(path.time_of(4)) if isinstance(path, Tabulated) else 0.3 * path.T
+    x0, noise = (column[:, None] for column in plane(6)[0].unbind(1))
+    x0, w = 0.4 + math.sqrt(0.3) * x0, plane(6)[1]
+    x = diffuse(path, x0, noise=noise, t=t)
+    network, h = as_network(law, path, predicts), lambda x: 0.2 - x + 0.3 * x**2
+
+    def score(e):
+        return Score(lambda x, label: network(x, label) + e * h(x), path, predicts)
+
+    exact, moved = law.predict(x, t), score(1.0).predict(x, t)
+    for weight in WEIGHTS:
+        values = [float(w @ denoising_loss(score(e), x0, noise=noise, t=t, weight=weight)) for e in (-0.7, 0.0, 0.7)]
+        row = WEIGHTS[weight].row
+        a, b = OUTPUTS[row](*(float(fn(t)) for fn in (path.alpha, path.sigma, path.dalpha, path.dsigma)), 0.5)
+        error = (a * (moved.x0 - exact.x0) + b * (moved.eps - exact.eps))[:, 0]
+        unit = denoising_loss(score(0.0), x0, noise=noise, t=t, weight=Weight(row))
+        ratio = denoising_loss(score(0.0), x0, noise=noise, t=t, weight=weight) / unit  # the weight's own factor
+        rise = 0.49 * float(w @ (ratio * error**2))
+        assert rise > 1e-4
+        for value in (values[0], values[2]):
+            assert abs(value - values[1] - rise) < 1e-9 * (value + 1), weight
+
+
+def test_integer_times_of_a_table():
+    """A network with whole labels, at its own entries: the label is the index, and the state has that entry's level."""
+    path, seen = Tabulated.linear(10, 0.05, 0.5), []
+
+    def network(x, k):
+        seen.append(k)
+        return 0.1 * x
+
+    score = Score(network, path, "eps", label=lambda t: path.index(t).round().long())
+    t = draw_times(path, 50, "table", generator=generator(2))
+    x0, noise = (torch.randn(50, 2, generator=generator(i), dtype=DOUBLE) for i in (3, 4))
+    loss = denoising_loss(score, x0, noise=noise, t=t)
+    (k,) = seen
+    assert k.dtype is torch.int64
+    assert (int(k.min()), int(k.max())) == (0, 9)
+    cumulated = torch.cumprod(1 - torch.linspace(0.05, 0.5, 10, dtype=DOUBLE), 0)[k][:, None]  # Ho et al.'s own words
+    x = cumulated.sqrt() * x0 + (1 - cumulated).sqrt() * noise
+    torch.testing.assert_close(loss, (0.1 * x - noise).square().sum(1), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("wrapped", ["exact", "eps", "x0", "v", "score", "F"])
+def test_losses_without_data_are_minimised_by_the_exact_score(wrapped, path):
+    """implicit and sliced: E loss(s + e h) = -E|s|^2/2 + e^2 E|h|^2/2. SURE: tr Cov[x0 | x] + e^2 E|h'|^2. Exactly."""
+    t = 0.4 * path.T
+    law, (x, w) = gaussian(path), states(path, t)
+    alpha, sigma = float(path.alpha(t)), float(path.sigma(t))
+    fisher = float(w @ law(x, t).square().sum(1))
+    spread = float(law.posterior_cov(x[:1], t)[0].trace())
+    size = float(w @ swirl(x).square().sum(1))
+    all_signs = SIGNS.expand(4, len(x), 2)
+    for e in (0.0, -0.3, 0.3):
+        score = _Bent(law, e)
+        if wrapped != "exact":
+            score = Score(as_network_of(score, path, wrapped), path, wrapped)
+        for value in (
+            implicit_loss(score, x, t=t),
+            implicit_loss(score, x, t=t, probes=all_signs),
+            sliced_loss(score, x, t=t, probes=all_signs),
+            implicit_loss(score, x, t=torch.full((len(x),), t, dtype=DOUBLE), weight=lambda t: 0 * t + 2) / 2,
+        ):
+            expected = -0.5 * fisher + 0.5 * e**2 * size
+            assert abs(float(w @ value.detach()) - expected) < 1e-9 * (1 + fisher), (e, wrapped)
+        expected = spread + e**2 * size * (sigma**2 / alpha) ** 2
+        for probes in (None, all_signs):
+            value = sure_loss(score, x, t=t, probes=probes)
+            assert abs(float(w @ value.detach()) - expected) < 1e-8 * (1 + sigma**2), (e, wrapped)
+
+
+class _Bent(Gaussian):
+    """A law whose score is off by e ``swirl``."""
+
+    def __init__(self, law, e):
+        super().__init__(law.path, [0.4, -0.3], COV)
+        self.e = e
+
+    def __call__(self, x, t):
+        return super().__call__(x, t) + self.e * swirl(x)
+
+    def predict(self, x, t):
+        knot = self.path.knot(t if isinstance(t, float) else float(t.reshape(-1)[0]))
+        pair = super().predict(x, t)
+        pair.eps = pair.eps - knot.sigma * self.e * swirl(x)
+        pair.x0 = pair.x0 + knot.sigma**2 / knot.alpha * self.e * swirl(x)
+        return pair
+
+
+def as_network_of(law, path, predicts):
+    def network(x, label):
+        knot = path.knot(float(label[0]))
+        a, b = OUTPUTS[predicts](knot.alpha, knot.sigma, knot.dalpha, knot.dsigma, 0.5)
+        pair = law.predict(x, float(label[0]))
+        return pair.combine(a, b)
+
+    return network
+
+
+def test_losses_without_data_on_a_mixture():
+    """On a grid in one dimension, for a law that is not Gaussian and an error that is no polynomial."""
+    path, t = VP(), 0.25
+    law = GaussianMixture(path, [0.3, 0.7], [[-1.0], [0.6]], [[0.02], [0.1]])
+    x = torch.linspace(-7.0, 7.0, 1401, dtype=DOUBLE)[:, None]
+    w = law.log_prob(x, t).exp() * 0.01
+    alpha, sigma = float(path.alpha(t)), float(path.sigma(t))
+    fisher = float(w @ law(x, t).square()[:, 0])
+    spread = float(w @ law.posterior_cov(x, t)[:, 0, 0])
+    size = float(w @ torch.cos(3 * x).square()[:, 0])
+
+    def score(e):
+        def network(x, label):
+            return law(x, t) + e * torch.cos(3 * x)
+
+        return Score(network, path, "score")
+
+    for e in (-0.5, 0.0, 0.5):
+        values = {
+            "implicit": float(w @ implicit_loss(score(e), x, t=t).detach()),
+            "sliced": float(w @ sliced_loss(score(e), x, t=t, probes=torch.ones(1, len(x), 1, dtype=DOUBLE)).detach()),
+            "sure": float(w @ sure_loss(score(e), x, t=t).detach()),
+        }
+        assert abs(values["implicit"] - 0.5 * (e**2 * size - fisher)) < 1e-8
+        assert abs(values["sliced"] - values["implicit"]) < 1e-12
+        assert abs(values["sure"] - spread - e**2 * size * (sigma**2 / alpha) ** 2) < 1e-8
+
+
+def test_sure_is_unbiased_for_each_clean_sample():
+    """E over the noise alone, at a fixed x0 and for a denoiser that is wrong: SURE is E|x0' - x0|^2."""
+    for path in (VP(), EDM(T=3.0), Linear()):
+        t, x0 = 0.3 * path.T, torch.tensor([[0.7, -0.2]], dtype=DOUBLE)
+        noise, w = plane(8)
+        x = diffuse(path, x0.expand(len(noise), 2), noise=noise, t=t)
+        score = Score(lambda x, t: swirl(x) * 0.5, path, "x0")
+        truth = float(w @ (score.predict(x, t).x0 - x0).square().sum(1))
+        assert abs(float(w @ sure_loss(score, x, t=t).detach()) - truth) < 1e-9
+        for weight in (torch.full((len(x),), 3.0), lambda t: 3.0 + 0 * t):
+            assert abs(float(w @ sure_loss(score, x, t=t, weight=weight).detach()) - 3 * truth) < 1e-8
+
+
+def test_the_probes_of_sliced_losses():
+    """Gaussian and Rademacher probes have the mean and the covariance they need; more of them are averaged."""
+    x = torch.zeros(4000, 3, dtype=DOUBLE)
+    for law in ("rademacher", "gaussian"):
+        v = draw_probes(x, 2, law, generator=generator(1))
+        assert v.shape == (2, 4000, 3)
+        flat = v.reshape(-1, 3)
+        assert float(flat.mean(0).abs().max()) < 4.5 / math.sqrt(8000)
+        second = flat.T @ flat / 8000 - torch.eye(3, dtype=DOUBLE)
+        assert float(second.abs().max()) < 4.5 * math.sqrt(2 / 8000)
+        assert (float(flat.abs().max()) == 1.0) == (law == "rademacher")
+    path, states_ = VP(), torch.randn(5, 3, generator=generator(), dtype=DOUBLE)
+    v = draw_probes(states_, 3, "gaussian", generator=generator(2))
+    score = Score(lambda x, t: x.sin() * x.roll(1, 1), path, "eps")
+    for loss in (implicit_loss, sliced_loss, sure_loss):
+        each = [loss(score, states_, t=0.5, probes=v[i : i + 1]) for i in range(3)]
+        torch.testing.assert_close(loss(score, states_, t=0.5, probes=v), torch.stack(each).mean(0))
+    jacobian = torch.autograd.functional.jacobian(lambda x: score(x[None], 0.5)[0], states_[0])
+    s = score(states_[:1], 0.5)[0]
+    expected = 0.5 * (s @ s) + torch.stack([u @ jacobian @ u for u in v[:, 0]]).mean()
+    torch.testing.assert_close(implicit_loss(score, states_, t=0.5, probes=v)[0], expected)
+    expected = torch.stack([0.5 * (u @ s) ** 2 + u @ jacobian @ u for u in v[:, 0]]).mean()
+    torch.testing.assert_close(sliced_loss(score, states_, t=0.5, probes=v)[0], expected)
+    exact = 0.5 * (s @ s) + jacobian.trace()
+    torch.testing.assert_close(implicit_loss(score, states_, t=0.5)[0], exact)
+    image = states_.reshape(5, 1, 3, 1)
+    shaped = Score(lambda x, t: x.sin() * x.roll(1, 2), path, "eps")
+    torch.testing.assert_close(implicit_loss(shaped, image, t=0.5), implicit_loss(score, states_, t=0.5))
+
+
+def test_losses_without_data_train_the_parameters():
+    """Their gradients reach the parameters through the network's derivative, and vanish for the linear filter that is right."""
+    path, t = VP(), 0.3
+    law, (x, w) = Gaussian(path, [0.0, 0.0], COV), states(path, t)
+    x = x - float(path.alpha(t)) * torch.tensor([0.4, -0.3], dtype=DOUBLE)
+    right = law(torch.eye(2, dtype=DOUBLE), t)  # the score is linear
+    for loss in (
+        lambda score: implicit_loss(score, x, t=t),
+        lambda score: implicit_loss(score, x, t=t, probes=SIGNS.expand(4, len(x), 2)),
+        lambda score: sliced_loss(score, x, t=t, probes=SIGNS.expand(4, len(x), 2)),
+        lambda score: sure_loss(score, x, t=t),
+    ):
+        for shift in (0.0, 0.2):
+            weight = (right + shift).requires_grad_()
+            score = Score(lambda x, label, weight=weight: x @ weight, path, "score")
+            (slope,) = torch.autograd.grad(w @ loss(score), weight)
+            assert (float(slope.abs().max()) < 1e-9) == (shift == 0.0)
+        with torch.no_grad():
+            assert not loss(score).requires_grad
+    weight = torch.randn(2, 2, generator=generator(), dtype=DOUBLE).requires_grad_()
+
+    def value(weight):
+        return sure_loss(Score(lambda x, label: (x @ weight).tanh(), path, "v"), x[:3], t=t)
+
+    assert torch.autograd.gradcheck(value, (weight,))
+
+
+def test_ends_and_networks_without_a_derivative():
+    x, probes = torch.zeros(3, 2), torch.ones(1, 3, 2)
+    for loss in (implicit_loss, sliced_loss, sure_loss):
+        for network in (torch.no_grad()(lambda x, t: 2 * x), lambda x, t: x.detach() + torch.zeros(1, requires_grad=True)):
+            with pytest.raises(NetworkError, match="no gradient reaches x"):
+                loss(Score(network, VP(), "x0" if loss is sure_loss else "score"), x, t=0.5, probes=probes)
+    with pytest.raises(PathError, match="sigma=0"):
+        implicit_loss(Score(lambda x, t: x, VP()), x, t=0.0)
+    with pytest.raises(PathError, match="alpha = 0"):
+        sure_loss(Score(lambda x, t: x, Linear(), "velocity"), x, t=1.0)
+    assert implicit_loss(Score(lambda x, t: x, Linear(), "eps"), x, t=1.0).isfinite().all()  # eps needs no alpha
+    assert implicit_loss(Score(lambda x, t: x, VP()), x[:0], t=0.5).shape == (0,)
+    net = nn.Dropout(0.5)
+    wrapped = Score(lambda x, t: net(x), VP())  # training is what the mode is for: no warning
+    assert sliced_loss(wrapped, x, t=0.5, probes=probes).shape == (3,)
+
+
+def test_ncsn_is_the_mean_over_its_levels():
+    """Song & Ermon (2019), eq. 6, in their own words, and minimised by the exact score."""
+    path, sigmas = VE(0.01, 50.0), torch.logspace(1, -2, 4, dtype=DOUBLE)
+    x0 = torch.randn(5, 2, generator=generator(), dtype=DOUBLE)
+    noise = torch.randn(4, 5, 2, generator=generator(1), dtype=DOUBLE)
+    seen = []
+
+    def network(x, label):
+        seen.append(label)
+        return x.sin() / (1 + label[:, None])
+
+    score = Score(network, path, "score", label=path.sigma)
+    loss = ncsn_loss(score, x0, noise=noise, sigmas=sigmas)
+    expected = torch.zeros(5, dtype=DOUBLE)
+    for sigma, z in zip(sigmas, noise, strict=True):
+        x = x0 + sigma * z
+        expected += sigma**2 * 0.5 * (x.sin() / (1 + sigma) + (x - x0) / sigma**2).square().sum(1) / 4
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(torch.stack([label[0] for label in seen]), sigmas, rtol=1e-9, atol=0)
+    law = Gaussian(path, [0.4], var=0.3)
+    nodes, w = plane(6)
+    data, z = 0.4 + math.sqrt(0.3) * nodes[:, :1], nodes[:, 1:]
+    values = []
+    for e in (-0.3, 0.0, 0.3):
+        bent = Score(lambda x, label, e=e: law(x, float(label[0])) + e * x, path, "score")
+        values.append(float(w @ ncsn_loss(bent, data, noise=z.expand(2, -1, 1), sigmas=[1.0, 0.1])))
+    rise = [0.5 * s**2 * 0.09 * (0.3 + s**2 + 0.16) for s in (1.0, 0.1)]
+    assert abs(values[0] - values[1] - sum(rise) / 2) < 1e-9
+    assert abs(values[2] - values[1] - sum(rise) / 2) < 1e-9
+
+
+def test_uncertainty_finds_the_size_of_the_loss():
+    loss = torch.tensor([3.0, 0.5, 8.0], dtype=DOUBLE)
+    u = (loss / 4).log().requires_grad_()
+    value = uncertainty_weighted(loss, u, 4)
+    torch.testing.assert_close(value, 4 + 4 * (loss / 4).log())
+    (slope,) = torch.autograd.grad(value.sum(), u)
+    torch.testing.assert_close(slope, torch.zeros(3, dtype=DOUBLE), rtol=0, atol=1e-12)
+    assert bool((uncertainty_weighted(loss, u.detach() + 0.1, 4) > value).all())
+
+
 # ---------------------------------------------------------------- times
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("kind", TIMES)
 def test_times_are_increasing_quantiles_in_the_domain(kind, path):
+    if kind == "table":
+        with pytest.raises(InputError, match="entries of a table"):
+            draw_times(path, 3, kind, generator=generator())
+        path = Tabulated.linear(20)
     u = torch.linspace(1e-12, 1 - 1e-12, 1001, dtype=DOUBLE)
     t = TIMES[kind](path, u)
     if kind == "log_normal":
@@ -216,6 +542,10 @@ def test_times_are_increasing_quantiles_in_the_domain(kind, path):
     assert t.min() >= path.t_min * (1 - 1e-9)
     assert t.max() <= path.T
     drawn = draw_times(path, 200, kind, generator=generator(5))
+    if kind == "table":
+        index = path.index(drawn)
+        torch.testing.assert_close(index, index.round(), rtol=0, atol=1e-12)
+        assert sorted(set(index.round().tolist())) == list(range(20))
     assert drawn.dtype is DOUBLE
     assert torch.equal(drawn, draw_times(path, 200, kind, generator=generator(5)))
     assert not torch.equal(drawn, draw_times(path, 200, kind, generator=generator(6)))
@@ -256,6 +586,7 @@ def test_draws_leave_the_global_generator_alone():
 
 GOOD = {"noise": torch.zeros(3, 2), "t": 0.5}
 SCORE = Score(lambda x, t: x, VP())
+X = torch.zeros(3, 2)
 
 
 @pytest.mark.parametrize(
@@ -275,6 +606,19 @@ SCORE = Score(lambda x, t: x, VP())
         (lambda: draw_times(VP(), 3, generator=None), ["NoneType"]),
         (lambda: draw_times(VP(), -3, generator=generator()), ["-3"]),
         (lambda: draw_noise(torch.zeros(3), generator=0), ["int"]),
+        (lambda: draw_probes(X, 0, generator=generator()), ["n=0"]),
+        (lambda: draw_probes(X, 2, "normal", generator=generator()), ["gaussian"]),
+        (lambda: implicit_loss(SCORE, X, t=0.5, probes=torch.ones(3, 2)), ["(3, 2)", "draw_probes"]),
+        (lambda: sliced_loss(SCORE, X, t=0.5, probes=None), ["NoneType"]),
+        (lambda: sliced_loss(SCORE, X, t=0.5, probes=torch.ones(2, 3, 1)), ["(2, 3, 1)"]),
+        (lambda: sure_loss(SCORE, X, t=0.5, weight=torch.ones(2)), ["(2,)", "(3,)"]),
+        (lambda: implicit_loss(SCORE, X.long(), t=0.5), ["int64"]),
+        (lambda: diffuse(VP(), X, noise=X[:2], t=0.5), ["(2, 2)"]),
+        (lambda: ncsn_loss(SCORE, X, noise=X[None], sigmas=[1.0, 0.1]), ["2 levels", "(1, 3, 2)"]),
+        (lambda: ncsn_loss(SCORE, X, noise=X[None], sigmas=[-1.0]), ["-1.0"]),
+        (lambda: ncsn_loss(SCORE, X, noise=X[None], sigmas=[1e6]), ["1e+06", "does not reach"]),
+        (lambda: uncertainty_weighted(X[:, 0], X[:2, 0], 3), ["(2,)"]),
+        (lambda: uncertainty_weighted(X[:, 0], X[:, 0], 0), ["numbers=0"]),
     ],
 )
 def test_bad_arguments(make, words):

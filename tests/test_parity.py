@@ -22,8 +22,8 @@ import numpy as np
 import parity_reference as reference
 import pytest
 import torch
-from torch import Tensor
 from rows import one_of_each_kind
+from torch import Tensor
 
 from scores import Score
 from sde import EDM, VE, VP, Linear, ProbabilityFlow, ReverseSDE, SubVP, Tabulated
