@@ -6,7 +6,8 @@ the closed-form flow (gauss64) or dopri8 at tolerance 1e-11 in log(sigma/alpha).
 and dimensions of x/alpha, divided by the data's standard deviation.
 
 Candidates are all deterministic names of SOLVERS with a table, on the grids of ``GRID_NAMES``. They are selected on one batch
-and judged on another, larger one: mixtures are heavy-tailed, and a hindsight winner on its own batch flatters itself.
+and judged on another, larger one, which is the peers' own: the same generator drawn in the same order, so that a sampler that
+is theirs too has their error to the printed digit. The winners among theirs (``PEER_WINNERS``) are judged in every cell.
 """
 
 from __future__ import annotations
@@ -31,7 +32,21 @@ from solvers import SOLVERS, sample
 from .problems import digits
 
 NFES = (4, 5, 6, 8, 10, 12, 15, 20, 30, 50)
-GRID_NAMES = ("log_snr", "karras", "uniform", "quadratic")
+GRID_NAMES = ("log_snr", "karras", "uniform", "quadratic", "cosine", "gaussian_optimal")
+#: The seeds of the batch that selects and of the one that judges.
+FIRST, SECOND = 0, 2
+#: The peers' winners by their names here; two of diffusers' (Heun:trailing, PNDM:leading) are of its table of 1000 levels.
+PEER_WINNERS = tuple(
+    (solver, grid)
+    for solvers, grids in (
+        (("ipndm_3", "ipndm_4", "deis_lam_3", "unipc_3_full", "dpmpp_4m"), ("log_snr", "karras")),
+        (("unipc_2", "unipc_2_exact", "unipc_3", "unipc_3_bh1", "dpmpp_3s"), ("log_snr",)),
+        (("dpmpp_2m", "dpmpp_2m_lower_final", "dpm_2m"), ("quadratic",)),
+        (("deis_t_4",), ("karras", "uniform")),
+    )
+    for solver in solvers
+    for grid in grids
+)
 PEERS = File(__file__).parent / "peers.json"
 
 
@@ -45,9 +60,9 @@ class Frontier:
     solvers: tuple[str, ...] = ()
     """Names of SOLVERS (default: every deterministic one with a table)."""
     grids: tuple[str, ...] = GRID_NAMES
-    keep: int = 6
-    """Candidates a cell that the first batch hands to the second."""
-    first: int = 128
+    keep: int = 16
+    """Candidates a cell, by either error, that the first batch hands to the second."""
+    first: int = 256
     """Samples of the selection batch."""
     cache: File = File("out/frontier")
     """Where the truths are kept, and results.jsonl, from which a stopped run goes on."""
@@ -82,6 +97,15 @@ class Data(NamedTuple):
         if len(self.weights) == 1:
             return Gaussian(path, self.means[0], cov=self.covs[0])
         return GaussianMixture(path, self.weights, self.means, self.covs)
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """n draws (n, d), in the order and by the square roots of the peers' batches: V sqrt(w) z for a covariance V w V^T."""
+        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        z = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
+        if self.covs.dim() == 2:
+            return self.means[k] + self.covs[k].sqrt() * z
+        values, vectors = torch.linalg.eigh(self.covs)
+        return self.means[k] + torch.einsum("nde,ne->nd", vectors[k], z * values[k].sqrt())
 
     @property
     def std(self) -> float:
@@ -156,8 +180,7 @@ def batch(problem: str, level: str, n: int, seed: int, folder: File | None = Non
         return Batch(*torch.load(file, weights_only=True))
     where, what = noise(level), data(problem)
     g = torch.Generator().manual_seed(1000 + seed)
-    score = what.score(where.path)
-    x0 = score._draw(n, g)
+    score, x0 = what.score(where.path), what.draw(n, g)
     k = where.path.knot(where.start)
     x = k.alpha * (x0 + k.sigma / k.alpha * torch.randn(n, x0.shape[1], generator=g, dtype=torch.float64))
     found = Batch(x, exact_end(score, x, where))
@@ -240,14 +263,16 @@ def judge(config: Frontier, level: str, nfe: int) -> list[Cell]:
     Problems take turns inside, so that each table is traced once.
     """
     where = noise(level)
-    pairs = [p for p in candidates(config) if p[1] not in ("uniform", "quadratic") or not isinstance(where.path, EDM)]
-    small = {problem: batch(problem, level, config.first, 0, config.cache) for problem in config.problems}
+    in_t = ("uniform", "quadratic") if isinstance(where.path, EDM) else ()  # there t is sigma itself
+    pairs, theirs = ([p for p in given if p[1] not in in_t] for given in (candidates(config), PEER_WINNERS))
+    small = {problem: batch(problem, level, config.first, FIRST, config.cache) for problem in config.problems}
     scored = [(pair, {p: errors(p, level, small[p], *pair, nfe) for p in config.problems}) for pair in pairs]
     found = []
     for problem in config.problems:
-        large = batch(problem, level, data(problem).n, 1, config.cache)
+        large = batch(problem, level, data(problem).n, SECOND, config.cache)
         best = (sorted(scored, key=lambda item: item[1][problem][kind])[: config.keep] for kind in (0, 1))
-        for pair in sorted({pair for group in best for pair, _ in group}):
+        chosen = {pair for group in best for pair, _ in group} | (set(theirs) if not config.solvers else set())
+        for pair in sorted(chosen):
             found.append(Cell(problem, level, nfe, *errors(problem, level, large, *pair, nfe), *pair))
     return found
 
@@ -256,7 +281,7 @@ def collect(config: Frontier) -> list[Cell]:
     """All cells; those of an earlier run of the same options are read back."""
     file = config.cache / "results.jsonl"
     given = {k: getattr(config, k) for k in ("problems", "solvers", "grids", "keep", "first")}
-    key = json.loads(json.dumps(given))
+    key = json.loads(json.dumps(given | {"candidates": candidates(config), "seeds": (FIRST, SECOND)}))
     done: dict[tuple[str, int], list[Cell]] = {}
     if file.exists():
         for line in file.read_text(encoding="utf-8").splitlines():
@@ -297,7 +322,7 @@ def tables(config: Frontier, cells: Sequence[Cell]) -> str:
                     ours = min(getattr(c, kind) for c in here)
                     theirs = peers[kind].get(f"{problem} {level}", {}).get(str(nfe))
                     logs[nfe].append((math.log(ours), math.log(theirs) if theirs else math.nan))
-                    mark = "**" if theirs and ours <= theirs else ""
+                    mark = "**" if theirs and float(f"{ours:.1e}") <= theirs else ""  # to their printed digits
                     row.append(f"{mark}{ours:.1e}{mark} ({theirs:.1e})" if theirs else f"{ours:.1e}")
                 lines.append("| " + " | ".join(row) + " |")
         means = [[math.exp(sum(v) / len(v)) for v in zip(*logs[nfe], strict=True)] for nfe in config.nfes]
