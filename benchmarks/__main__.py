@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,13 +22,20 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "run": Command("benchmarks.run:Sweep", "a sweep: any samplers on any model, resumable, shared between workers"),
     "quick": Command("benchmarks.quick:Quick", "compare samplers on three problems: a table, two pictures, a report"),
+    "report": Command("benchmarks.reports:Report", "one page of a folder of results: chart, winners, slopes, samples, rows"),
+    "compare": Command("benchmarks.compare:Compare", "what has changed from one folder of results to another, beyond noise"),
+    "export": Command("benchmarks.exporting:Export", "results as CSV, Parquet or LaTeX, samples for the scripts of ADM, EDM"),
     "train": Command("benchmarks.train:Train", "train the small network of 8x8 digits again, from a seed"),
     "exact": Command("benchmarks.exact:Exact", "the exact law of a sampler's output on Gaussian data"),
     "orders": Command("benchmarks.orders:Orders", "declared and measured order, error constant and cost of every sampler"),
     "frontier": Command("benchmarks.frontier:Frontier", "error against NFE on four problems, beside the best peers"),
+    "peers": Command("benchmarks.peer_tables:Peers", "errors, overhead and cost beside every other library that is installed"),
     "samplers": Command("benchmarks.samplers:Samplers", "the table of samplers, printed or written into the README"),
     "speed": Command("benchmarks.speed:Speed", "what a normal and a step cost on this machine"),
+    "gpu": Command("benchmarks.gpu:Gpu", "on a GPU, into one folder: quality, overhead, cost, CUDA graphs"),
+    "doctor": Command("benchmarks.doctor:Doctor", "versions, device, extras, threads, and a self-test of some seconds"),
 }
 
 
@@ -48,6 +56,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; files that were complete before are untouched", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # | head: whoever read has what they wanted
+        return 141
 
 
 def _run(name: str, rest: list[str]) -> int:
@@ -58,10 +68,11 @@ def _run(name: str, rest: list[str]) -> int:
         return 2
     module_name, _, class_name = COMMANDS[name].target.partition(":")
     module = importlib.import_module(module_name)
-    options = tyro.cli(getattr(module, class_name), args=rest, prog=f"python -m benchmarks {name}")
     from sde.errors import ToolkitError
 
     try:
+        default = {"default": module.defaults(rest)} if hasattr(module, "defaults") else {}
+        options = tyro.cli(getattr(module, class_name), args=rest, prog=f"python -m benchmarks {name}", **default)
         return module.run(options)
     except ToolkitError as error:
         print(f"benchmarks {name}: {error}", file=sys.stderr)
@@ -75,5 +86,15 @@ def usage() -> str:
     return f"{head}\n\n{rows}\n\n{foot}"
 
 
+def _end(status: int) -> int:
+    """The status, once stdout has taken everything; without a word, or Python's own complaint, where nobody listens."""
+    try:
+        sys.stdout.flush()
+        return status
+    except (BrokenPipeError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return status or 141
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_end(main()))

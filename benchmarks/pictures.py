@@ -1,82 +1,64 @@
-"""The two pictures of ``quick``, each for light and for dark pages. Drawn with matplotlib's Agg, without its global state."""
+"""The two pictures beside ``quick``'s page, for slides and papers. Drawn with matplotlib's Agg, without its global state."""
 
 from __future__ import annotations
 
 import io
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sde.errors import InputError
 
-from .results import Outcome, last_slope, number
+from .differences import badness
+from .reading import number, slopes
+from .results import DISTANCE, ERROR, Outcome
 
-
-class Picture(NamedTuple):
-    """PNG bytes for a light and a dark page, and the words for who cannot see them."""
-
-    light: bytes
-    dark: bytes
-    alt: str
-
-
-class Theme(NamedTuple):
-    page: str
-    ink: str
-    quiet: str
-    lines: tuple[str, ...]
-
-
-# Okabe and Ito's colours, told apart by colour-blind readers, and lighter ones for dark pages.
-LIGHT = Theme("#ffffff", "#1b1f24", "#8a9199", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#9a7d00", "#56b4e9", "#5b5b5b"))
-DARK = Theme("#14171a", "#e6e8ea", "#7d858d", ("#4aa8e0", "#ff8c42", "#2fcf9f", "#e39ac4", "#e0c341", "#9bd8ff", "#b5b5b5"))
+PAPER, INK, QUIET = "#ffffff", "#1b1f24", "#8a9199"
+# Okabe and Ito's colours, told apart by colour-blind readers
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#9a7d00", "#56b4e9", "#5b5b5b")
 MARKERS = "os^DvPX"
 
 
-def all_pictures(outcomes: Sequence[Outcome], budgets: Sequence[int]) -> dict[str, Picture]:
-    """File name -> picture: errors always, samples where there are pictures among the problems."""
-    words = (
-        "Strong error and sliced W2 against network calls, a line a sampler, a column a problem; the tables hold the numbers."
-    )
-    found = {"nfe_vs_error.png": Picture(curves(outcomes, LIGHT), curves(outcomes, DARK), words)}
+def all_pictures(outcomes: Sequence[Outcome], budgets: Sequence[int]) -> dict[str, bytes]:
+    """File name -> PNG: errors always, samples where there are pictures among the problems."""
+    found = {"nfe_vs_error.png": curves(outcomes)}
     shown = [o for o in outcomes if o.kept]
     if shown:
-        words = "Grids of generated digits, and below them the same noise taken to data with more and more network calls."
-        found["samples.png"] = Picture(samples(shown, budgets, LIGHT), samples(shown, budgets, DARK), words)
+        found["samples.png"] = samples(shown, budgets)
     return found
 
 
-def figure(width: float, height: float, theme: Theme) -> Any:
+def figure(width: float, height: float) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise InputError("the pictures need matplotlib: pip install 'score-solvers[report]'") from None
-    made = Figure(figsize=(width, height), facecolor=theme.page, dpi=110)
+    made = Figure(figsize=(width, height), facecolor=PAPER, dpi=110)
     FigureCanvasAgg(made)
     return made
 
 
-def png(drawn: Any, theme: Theme) -> bytes:
+def png(drawn: Any) -> bytes:
     buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", facecolor=theme.page, metadata={"Software": None})
+    drawn.savefig(buffer, format="png", facecolor=PAPER, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def curves(outcomes: Sequence[Outcome], theme: Theme) -> bytes:
+def curves(outcomes: Sequence[Outcome]) -> bytes:
     """Log-log against NFE: strong error with slopes above, sliced W2 and its floor below; what blows up is pinned."""
-    drawn = figure(4.4 * len(outcomes) + 0.4, 8.2, theme)
+    drawn = figure(4.4 * len(outcomes) + 0.4, 8.2)
     axes = drawn.subplots(2, len(outcomes), squeeze=False)
-    solvers = list(dict.fromkeys(r.solver for o in outcomes for r in o.rows))
+    solvers = list(dict.fromkeys(r["solver"] for o in outcomes for r in o.rows))
     for column, outcome in enumerate(outcomes):
-        for ax, key in zip(axes[:, column], ("error", "sliced_w2"), strict=True):
-            _panel(ax, outcome, key, solvers, theme)
-        axes[0, column].set_title(outcome.title, color=theme.ink, fontsize=10.5, loc="left", parse_math=False)
-    axes[0, 0].set_ylabel("strong error (same noise)", color=theme.ink)
-    axes[1, 0].set_ylabel("sliced W2 to true data", color=theme.ink)
+        for ax, key in zip(axes[:, column], (ERROR, DISTANCE), strict=True):
+            _panel(ax, outcome, key, solvers)
+        axes[0, column].set_title(outcome.title, color=INK, fontsize=10.5, loc="left", parse_math=False)
+    axes[0, 0].set_ylabel("strong error (same noise)", color=INK)
+    axes[1, 0].set_ylabel("sliced W2 to true data", color=INK)
     handles = {line.get_label(): line for ax in drawn.axes for line in ax.get_lines() if not line.get_label().startswith("_")}
     legend = drawn.legend(
         handles.values(),
@@ -84,36 +66,35 @@ def curves(outcomes: Sequence[Outcome], theme: Theme) -> bytes:
         loc="lower center",
         ncols=min(8, len(handles)),
         frameon=False,
-        labelcolor=theme.ink,
+        labelcolor=INK,
         fontsize=10,
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
     drawn.subplots_adjust(left=0.075, right=0.955, top=0.955, bottom=0.105, wspace=0.24, hspace=0.16)
-    return png(drawn, theme)
+    return png(drawn)
 
 
-def _panel(ax: Any, outcome: Outcome, key: str, solvers: Sequence[str], theme: Theme) -> None:
-    rows = [r for r in outcome.rows if r.nfe is not None and getattr(r, key) is not None]
-    values = [getattr(r, key) for r in rows if getattr(r, key) > 0.0]
-    floor = outcome.floor
+def _panel(ax: Any, outcome: Outcome, key: str, solvers: Sequence[str]) -> None:
+    rows, floor = outcome.series(key).rows, outcome.floors[key]
+    values = [r["value"] for r in rows if r["value"] > 0.0]
     if not values:
         ax.set_axis_off()
         return
-    low = min([*values, floor.mean - 2 * floor.sd] if key == "sliced_w2" else values)
+    low = min([*values, floor.mean] if key == DISTANCE else values)
     middle = sorted(values)[len(values) // 2]
     low, high = max(low, 1e-12) / 1.6, min(max(values) * 1.5, max(20.0 * middle, 3.0))
-    ax.set(xscale="log", yscale="log", ylim=(low, high), facecolor=theme.page)
+    ax.set(xscale="log", yscale="log", ylim=(low, high), facecolor=PAPER)
     labels: list[tuple[float, str, str]] = []
     pinned: dict[int, int] = {}
     for solver in solvers:
         place = solvers.index(solver)
-        colour, marker = theme.lines[place % len(theme.lines)], MARKERS[place % len(MARKERS)]
-        points = list({r.nfe: getattr(r, key) for r in rows if r.solver == solver and r.nfe is not None}.items())
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+        points = [(r["nfe"], r["value"]) for r in outcome.of(solver, key)]
         if not points:
             continue
-        stochastic = all(r.error is None for r in outcome.of(solver))
         nfe, value = zip(*points, strict=True)
+        stochastic = not outcome.of(solver, ERROR)
         ax.plot(nfe, value, color=colour, marker=marker, ms=4.5, lw=1.5, ls="--" if stochastic else "-", label=solver)
         for at, v in points:
             if v > high:
@@ -128,27 +109,27 @@ def _panel(ax: Any, outcome: Outcome, key: str, solvers: Sequence[str], theme: T
                     color=colour,
                     fontsize=7.5,
                 )
-        trend = last_slope(outcome.of(solver)) if key == "error" else None
-        if trend is not None and value[-1] > 0.0:
-            labels.append((max(value[-1], low), f"{trend:.1f}", colour))
+        trend = slopes(outcome.of(solver, key)) if key == ERROR else []
+        if trend and value[-1] > 0.0:
+            labels.append((max(value[-1], low), f"{trend[-1].value:.1f}", colour))
     _end_labels(ax, labels, low, high)
     if labels:
-        ax.annotate("slope", (1.0, 1.0), xycoords="axes fraction", va="top", color=theme.quiet, fontsize=8.5)
-    if key == "sliced_w2":
-        ax.axhspan(max(floor.mean - 2 * floor.sd, low), floor.mean + 2 * floor.sd, color=theme.quiet, alpha=0.22, lw=0)
-        ax.axhline(floor.mean, color=theme.quiet, lw=1.0)
-        ax.annotate("floor", (1.01, floor.mean), xycoords=("axes fraction", "data"), va="center", color=theme.quiet, fontsize=9)
-    elif outcome.reference_error > low:
-        ax.axhline(outcome.reference_error, color=theme.quiet, lw=1.0, ls=":")
-    ticks = sorted({r.nfe for r in rows if r.nfe is not None} & {r.budget for r in rows})
+        ax.annotate("slope", (1.0, 1.0), xycoords="axes fraction", va="top", color=QUIET, fontsize=8.5)
+    if key == DISTANCE:
+        ax.axhspan(max(floor.low, low), floor.high, color=QUIET, alpha=0.22, lw=0)
+        ax.axhline(floor.mean, color=QUIET, lw=1.0)
+        ax.annotate("floor", (1.01, floor.mean), xycoords=("axes fraction", "data"), va="center", color=QUIET, fontsize=9)
+    elif floor.mean > low:
+        ax.axhline(floor.mean, color=QUIET, lw=1.0, ls=":")
+    ticks = sorted({r["nfe"] for r in rows} & {r["budget"] for r in rows})
     ax.set_xticks(ticks, [str(t) for t in ticks])
     ax.set_xlim(ticks[0] / 1.12, ticks[-1] * 1.22) if ticks else None
     ax.minorticks_off()
-    ax.set_xlabel("network calls", color=theme.ink)
-    ax.tick_params(colors=theme.ink, labelsize=9)
-    ax.grid(True, which="major", color=theme.quiet, alpha=0.22, lw=0.6)
+    ax.set_xlabel("network calls", color=INK)
+    ax.tick_params(colors=INK, labelsize=9)
+    ax.grid(True, which="major", color=QUIET, alpha=0.22, lw=0.6)
     for side, spine in ax.spines.items():
-        spine.set(visible=side in ("left", "bottom"), color=theme.quiet)
+        spine.set(visible=side in ("left", "bottom"), color=QUIET)
 
 
 def _end_labels(ax: Any, labels: list[tuple[float, str, str]], low: float, high: float) -> None:
@@ -178,53 +159,51 @@ def tile(x: Tensor, columns: int, gap: int = 2) -> Tensor:
     return padded.reshape(rows, columns, h, w).transpose(1, 2).reshape(rows * h, columns * w)[:-gap, :-gap]
 
 
-def samples(outcomes: Sequence[Outcome], budgets: Sequence[int], theme: Theme) -> bytes:
+def samples(outcomes: Sequence[Outcome], budgets: Sequence[int]) -> bytes:
     """For each problem of pictures: a grid by its best sampler at the largest budget, and the same noise at every budget."""
-    drawn = figure(5.6 * len(outcomes), 10.4, theme)
-    axes = drawn.subplots(3, len(outcomes), squeeze=False, height_ratios=(10, 6.3, 6.3))
+    drawn = figure(5.6 * len(outcomes), 9.6)
+    axes = drawn.subplots(3, len(outcomes), squeeze=False, height_ratios=(8, 6.3, 6.3))
     for column, outcome in enumerate(outcomes):
-        top = outcome.best(max(budgets), "error") or outcome.best(max(budgets), "sliced_w2")
-        if top is None:
+        ranked = _ranked(outcome, max(budgets))
+        if not ranked:
             continue
-        _show(axes[0, column], tile(outcome.kept[top.solver, top.budget], 10), theme)
-        axes[0, column].set_title(
-            f"{outcome.title}\n{top.solver}, NFE {top.nfe}", color=theme.ink, fontsize=11, loc="left", parse_math=False
-        )
-        for ax, solver in zip(axes[1:, column], _contrast(outcome, budgets), strict=False):
-            rows = list({r.nfe: r for r in outcome.of(solver) if (solver, r.budget) in outcome.kept}.values())
-            _show(ax, tile(torch.cat([outcome.kept[solver, r.budget][:10] for r in rows]), 10), theme)
-            ax.set_title(
-                f"the same noise with more network calls: {solver}", color=theme.ink, fontsize=10, loc="left", parse_math=False
-            )
-            ax.set_ylim(10 * len(budgets) - 2.5, -0.5)  # one scale, also where a sampler has fewer rows
-            for i, row in enumerate(rows):
-                ax.annotate(
-                    str(row.nfe),
-                    (-1.5, 10 * i + 3.5),
-                    ha="right",
-                    va="center",
-                    color=theme.ink,
-                    fontsize=9,
-                    annotation_clip=False,
-                )
+        top = ranked[0]
+        _show(axes[0, column], tile(outcome.kept[top, max(budgets)], 8))
+        title = f"{outcome.title}\n{top}, NFE {max(budgets)}"
+        axes[0, column].set_title(title, color=INK, fontsize=11, loc="left", parse_math=False)
+        middle = _ranked(outcome, budgets[len(budgets) // 2])
+        for ax, solver in zip(axes[1:, column], dict.fromkeys([*middle[:1], *middle[-1:]]), strict=False):
+            _strip(ax, outcome, solver, budgets)
     for ax in drawn.axes:
         ax.set_axis_off()
     drawn.subplots_adjust(left=0.045, right=0.985, top=0.945, bottom=0.012, wspace=0.1, hspace=0.1)
-    return png(drawn, theme)
+    return png(drawn)
 
 
-def _contrast(outcome: Outcome, budgets: Sequence[int]) -> list[str]:
-    """The best and the worst sampler of the flow in the middle of the budgets (of all samplers where none is of the flow)."""
-    middle = budgets[len(budgets) // 2]
-    key = "error" if any(r.error is not None for r in outcome.rows) else "sliced_w2"
-    rows = sorted(
-        (r for r in outcome.rows if r.budget == middle and getattr(r, key) is not None), key=lambda r: getattr(r, key)
-    )
-    return [rows[0].solver, rows[-1].solver][: len(rows)] if rows else []
+def _strip(ax: Any, outcome: Outcome, solver: str, budgets: Sequence[int]) -> None:
+    """The first samples of a sampler, a row a budget."""
+    rows = {}
+    for budget in budgets:
+        row = outcome.row(solver, budget, DISTANCE)
+        if row is not None and (solver, budget) in outcome.kept:
+            rows.setdefault(row["nfe"], outcome.kept[solver, budget][:10])
+    _show(ax, tile(torch.cat(list(rows.values())), 10))
+    title = f"the same noise with more network calls: {solver}"
+    ax.set_title(title, color=INK, fontsize=10, loc="left", parse_math=False)
+    ax.set_ylim(10 * len(budgets) - 2.5, -0.5)  # one scale, also where a sampler has fewer rows
+    for i, nfe in enumerate(rows):
+        place = (-1.5, 10 * i + 3.5)
+        ax.annotate(str(nfe), place, ha="right", va="center", color=INK, fontsize=9, annotation_clip=False)
 
 
-def _show(ax: Any, picture: Tensor, theme: Theme) -> None:
-    page, paper, ink = (_rgb(c) for c in (theme.page, "#f3f4f6" if theme is LIGHT else "#20252b", theme.ink))
+def _ranked(outcome: Outcome, budget: int) -> list[str]:
+    """Samplers from the best to the worst at a budget: of the flow, or all where none is of the flow."""
+    of = outcome.series(ERROR) if outcome.series(ERROR).rows else outcome.series(DISTANCE)
+    return [r["solver"] for r in sorted((r for r in of.rows if r["budget"] == budget), key=badness)]
+
+
+def _show(ax: Any, picture: Tensor) -> None:
+    page, paper, ink = (_rgb(c) for c in (PAPER, "#f3f4f6", INK))
     shade = picture[..., None]
     ax.imshow(torch.where(shade.isnan(), page, paper + (ink - paper) * shade).numpy(), interpolation="nearest")
 

@@ -1,26 +1,23 @@
 """``python -m benchmarks quick``: samplers against each other on three problems, in under a minute, with nothing to download.
 
-Two numbers for each run of a sampler at a budget of network calls.
+Two numbers for each run of a sampler at a budget of network calls, both in units of the data's deviation:
 
-error      strong error, of samplers of the probability flow: the root mean square, over samples and coordinates, of the
-           distance to the flow's exact end point from the same noise. Exact end points come from classical Runge-Kutta in
-           sigma in many steps; the same in half the steps says how far to trust them. The slope in log NFE is minus the
-           order that is seen at this budget.
-sliced_w2  sliced Wasserstein distance to true data, of every sampler: the mean over disjoint blocks of samples, each against
-           true draws of its own. Its floor is the same distance between two independent draws of true data: below that
-           nothing can be told apart.
+strong_error  of samplers of the probability flow: the root mean square distance to the flow's exact end point from the same
+              noise. End points come from classical Runge-Kutta in many steps; the same in half the steps says how far to trust
+              them. The slope in log NFE is minus the order that is seen at this budget.
+sliced_w2     sliced Wasserstein distance to true data, of every sampler. Its floor is what true draws get: below that nothing
+              can be told apart.
+
+They are the metrics of ``run``, and rows are written as there; what is left out is its store: a run of a minute is made again.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import platform
+import hashlib
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import asdict, dataclass, field
 from pathlib import Path as File
 from typing import Any
 
@@ -28,14 +25,15 @@ import torch
 from torch import Tensor
 
 from sde.errors import InputError, ToolkitError, nearest
-from sde.noise import White
-from solvers import GRIDS, SOLVERS, sample
+from solvers import GRIDS, SOLVERS
 
-from . import metrics
-from .files import folder, write
-from .metrics import Level
-from .problems import PROBLEMS, Problem
-from .results import Outcome, Row, slope
+from . import files, metrics, provenance
+from .endpoints import End, fine
+from .lines import Line, Meter, resolve_line
+from .metrics import Block, Metric
+from .problems import Problem, get
+from .results import DISTANCE, ERROR, Outcome
+from .sweep import SCHEMA, digest
 
 #: The samplers compared, each on the grid its authors use.
 SAMPLERS: dict[str, str] = {
@@ -48,8 +46,9 @@ SAMPLERS: dict[str, str] = {
     "dpmpp_2m_sde": "log_snr",
 }
 
-FLOOR_PAIRS = 16
-TRUTH = 1_000_003  # true draws take seeds from here on, generated ones take the run's own
+PROBLEMS = ("mixture", "digits_exact", "digits_network")
+
+SEEDS = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Quick:
     out: File = File("out/quick")
     """Folder of the results; the files of an earlier run in it are replaced."""
     seed: int = 0
-    """Start noise and the noise of stochastic samplers. The same seed gives the same numbers."""
+    """Start noise and the noise of stochastic samplers: block b has seed + b. The same seed gives the same numbers."""
     device: str = "cpu"
     """cpu, cuda or cuda:1."""
     nfe: tuple[int, ...] = (4, 6, 8, 12, 16, 32)
@@ -68,14 +67,14 @@ class Quick:
     """Names of SOLVERS."""
     grid: str | None = None
     """One grid of GRIDS for all; default: karras for one-step samplers, log_snr for multistep ones."""
-    problems: tuple[str, ...] = tuple(PROBLEMS)
-    """Which problems: mixture, digits_exact, digits_network."""
+    problems: tuple[str, ...] = PROBLEMS
+    """Built-in problems: any of benchmarks.problems, with a noise where wanted (ring2:vp)."""
     n: int = 4096
     """Samples a run in the plane."""
     digits: int = 256
     """Samples a run of digits."""
     blocks: int = 4
-    """Disjoint blocks of samples for the distance to true data."""
+    """Disjoint blocks of samples, each with a seed of its own: intervals come from them."""
     reference: int = 256
     """Runge-Kutta steps of the exact end points in the plane; digits take a fifth."""
     threads: int = 1
@@ -83,63 +82,59 @@ class Quick:
 
 
 def run(config: Quick) -> int:
-    """Measure, show, write four files, say what won."""
+    """Measure, show, write the files, say what won."""
     check(config)
     torch.set_num_threads(config.threads)
-    from . import pictures, report
+    from . import pictures
+    from .reports import PAGE, page
     from .screen import Screen
 
-    began, out = time.perf_counter(), folder(config.out)
+    began, out = time.perf_counter(), files.folder(config.out)
     screen = Screen(config)
-    screen.hello((out / "report.html").exists())
-    partial = out / "results.jsonl.partial"
-    outcomes: list[Outcome] = []
-    try:
-        with open(partial, "w", encoding="utf-8") as lines:
-            for name in config.problems:
-                with screen.problem(PROBLEMS[name]) as show:
-                    for outcome in measure(config, name, PROBLEMS[name]):
-                        if outcome.rows:
-                            lines.write(json.dumps(asdict(outcome.rows[-1]), allow_nan=False) + "\n")
-                            lines.flush()
-                        else:
-                            outcomes.append(outcome)
-                        show(outcome)
-        partial.replace(out / "results.jsonl")
-    except OSError as error:
-        raise InputError(f"--out {config.out}: cannot be written ({error.strerror})") from error
+    screen.hello((out / PAGE).exists())
+    outcomes = []
+    for name in config.problems:
+        with screen.problem(get(name)) as show:
+            for outcome in measure(config, name, get(name)):
+                show(outcome)
+        outcomes.append(outcome)
+    rows = [{k: v for k, v in row.items() if k != "cost"} for o in outcomes for row in o.rows]
     images = pictures.all_pictures(outcomes, config.nfe)
-    (out / "samples.png").unlink(missing_ok=True)  # an earlier run may have had one where this has none
+    files.write(out / "results.jsonl", b"".join(map(files.seal, rows)))
+    files.remove(out / "samples.png")  # an earlier run may have had one where this has none
     for name, image in images.items():
-        write(out / name, image.light)
-    write(out / "report.html", report.page(outcomes, config, images, time.perf_counter() - began))
+        files.write(out / name, image)
+    files.write(out / PAGE, page(study(outcomes, config, time.perf_counter() - began)))
     screen.goodbye(outcomes, [*images, "results.jsonl"], time.perf_counter() - began)
     return 0
 
 
 def check(config: Quick) -> None:
     """Everything that can be wrong with the options, before anything is computed."""
-    for label, values, known in (("--solvers", config.solvers, SOLVERS), ("--problems", config.problems, PROBLEMS)):
-        for name in values:
-            if name not in known:
-                raise InputError(f"{label} {name!r} is unknown: {nearest(name, known)}")
+    for name in config.solvers:
+        if name not in SOLVERS:
+            raise InputError(f"--solvers {name!r} is unknown: {nearest(name, SOLVERS)}")
+    for name in config.problems:
+        get(name)
+    for label, values in (("--solvers", config.solvers), ("--problems", config.problems)):
         if not values or len(set(values)) < len(values):
             raise InputError(f"{label}: give at least one name, each once")
     if config.grid is not None and config.grid not in GRIDS:
         raise InputError(f"--grid {config.grid!r} is unknown: {nearest(config.grid, GRIDS)}")
     if not config.nfe or min(config.nfe) < 1 or list(config.nfe) != sorted(set(config.nfe)):
         raise InputError(f"--nfe {' '.join(map(str, config.nfe))}: give increasing numbers of calls, such as --nfe 4 8 16")
-    for label in ("threads", "reference"):
-        if getattr(config, label) < 1:
-            raise InputError(f"--{label} {getattr(config, label)}: must be >= 1")
+    if config.threads < 1:
+        raise InputError(f"--threads {config.threads}: must be >= 1")
+    if config.reference < 10:
+        raise InputError(f"--reference {config.reference}: must be >= 10, for digits take a fifth and halve that")
     if config.blocks < 3:
         raise InputError(f"--blocks {config.blocks}: a spread wants at least 3 blocks")
     for label in ("n", "digits"):
         value = getattr(config, label)
         if value < 2 * config.blocks or value % config.blocks:
             raise InputError(f"--{label} {value}: give a multiple of --blocks {config.blocks}, at least {2 * config.blocks}")
-    if not 0 <= config.seed < TRUTH:
-        raise InputError(f"--seed {config.seed}: must be in [0, {TRUTH})")
+    if not 0 <= config.seed < SEEDS:
+        raise InputError(f"--seed {config.seed}: must be in [0, {SEEDS})")
     try:
         device = torch.device(config.device)
     except RuntimeError:
@@ -150,92 +145,174 @@ def check(config: Quick) -> None:
         )
 
 
+# --- measuring ----------------------------------------------------------------------------------------------------------------
+
+
 def measure(config: Quick, name: str, problem: Problem) -> Iterator[Outcome]:
-    """The problem's outcome, handed over again after each run, with one more row."""
-    device = torch.device(config.device)
-    flat = len(problem.shape) == 1
-    n, steps = (config.n, config.reference) if flat else (config.digits, max(2, config.reference // 5))
-    score = problem.score(device)
-    start = score.path.prior_std(score.path.T) * White(config.seed).initial((n, *problem.shape), torch.float64, device)
-    exact = sample(score, x=start, solver="edm_rk4", steps=steps)
-    half = sample(score, x=start, solver="edm_rk4", steps=max(1, steps // 2))
-
-    size, d = n // config.blocks, math.prod(problem.shape)
-    along = metrics.directions(d)
-    seeds = iter(range(TRUTH + config.seed * 1000, TRUTH + config.seed * 1000 + 1000))
-
-    def true_draw() -> Tensor:
-        return problem.truth(size, next(seeds))
-
-    floor = metrics.level([metrics.sliced_w2(true_draw(), true_draw(), along) for _ in range(FLOOR_PAIRS)])
-    truth = [true_draw() for _ in range(config.blocks)]
-
-    def distance(x: Tensor) -> Level:
-        return metrics.level([metrics.sliced_w2(a, b, along) for a, b in zip(x.cpu().split(size), truth, strict=True)])
-
-    outcome = Outcome(name, problem.title, problem.note, floor, rms(half.x - exact.x), exact.nfe, distance(exact.x))
+    """The problem's outcome, handed over again after each run, with its rows."""
+    bench = Bench(config, name, problem)
+    outcome = bench.outcome
     yield outcome
-    facts = {"device": device_name(device), "versions": versions()}
     for solver in config.solvers:
-        entry = SOLVERS[solver]
-        on_flow = entry.deterministic
-        grid = config.grid or SAMPLERS.get(solver, "log_snr")
-        before: Row | None = None
+        line, grid = resolve_line(solver), config.grid or SAMPLERS.get(solver, "log_snr")
         for budget in config.nfe:
-            common: dict[str, Any] = {
-                "problem": name,
-                "solver": solver,
-                "grid": grid,
-                "budget": budget,
-                "reference_error": outcome.reference_error,
-                "floor": floor.mean,
-                "floor_sd": floor.sd,
-                "seed": config.seed,
-                "n": n,
-                "blocks": config.blocks,
-                **facts,
-            }
-            try:
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always")
-                    out = sample(score, x=start, solver=solver, nfe=budget, grid=grid, seed=config.seed)
-                error = rms(out.x - exact.x) if on_flow else None
-                w2 = distance(out.x)
-                row = Row(
-                    nfe=out.nfe,
-                    steps=len(out.times) - 1,
-                    error=error,
-                    slope=slope(before, out.nfe, error, outcome.reference_error),
-                    sliced_w2=w2.mean,
-                    sliced_w2_sd=w2.sd,
-                    within_floor=metrics.within(w2, floor),
-                    seconds=round(out.seconds, 6),
-                    note="; ".join(str(w.message) for w in caught),
-                    **common,
-                )
-                if not flat:
-                    outcome.kept[solver, budget] = out.x[:100].float().cpu()
-                before = row if before is None or before.nfe != row.nfe else before
-            except ToolkitError as failure:  # this budget does not buy a step, or the run blew up: a row that says so
-                nothing = dict.fromkeys(("nfe", "steps", "error", "slope", "sliced_w2", "sliced_w2_sd", "seconds"))
-                row = Row(within_floor=False, note=str(failure), **nothing, **common)
-            outcome.rows.append(row)
+            made = bench.sample(line, grid, budget)
+            if made.blocks and len(problem.shape) > 1:
+                outcome.kept[solver, budget] = made.blocks[0][:64].float().cpu()
+            outcome.rows += bench.rows(line, grid, budget, made)
             yield outcome
 
 
-def rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
+@dataclass
+class Made:
+    """The samples of a run, block by block, and what they took. Without blocks: why there are none."""
+
+    blocks: list[Tensor] = field(default_factory=list)
+    digest: str | None = None
+    nfe: int | None = None
+    net_evals: int | None = None
+    steps: int | None = None
+    note: str = ""
+    cost: dict[str, Any] | None = None
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
+class Bench:
+    """A problem with its start noise, the exact end points from it, and its floors."""
 
+    def __init__(self, config: Quick, name: str, problem: Problem) -> None:
+        self.config, self.problem = config, problem
+        flat = len(problem.shape) == 1
+        n, steps = (config.n, config.reference) if flat else (config.digits, config.reference // 5)
+        self.device = torch.device(config.device)
+        self.meter = Meter(problem.score(self.device), self.device)
+        self.seeds = [config.seed + b for b in range(config.blocks)]
+        self.m = n // config.blocks
+        self.starts = [problem.starts(seed, range(self.m), device=self.device) for seed in self.seeds]
+        ends = fine(self.meter, torch.cat(self.starts), problem.start, problem.stop, steps)
+        self.ends = [End(x, e) for x, e in zip(ends.x.split(self.m), ends.error.split(self.m), strict=True)]
+        self.metrics = {text: metrics.metric(text) for text in (ERROR, DISTANCE)}
+        exact = self.blocks([end.x for end in self.ends])
+        floors = {text: metrics.floor(metric, problem, exact) for text, metric in self.metrics.items()}
+        known = {text: floor for text, floor in floors.items() if floor is not None}
+        calls = self.meter.nfe - 4 * (steps // 2)  # half the steps are only there to say how far to trust the others
+        distance = metrics.measure(self.metrics[DISTANCE], problem, exact).value
+        self.outcome = Outcome(name, problem.title, problem.note, known, (calls, distance))
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in ("numpy", "score-solvers"):
+    def blocks(self, samples: list[Tensor]) -> list[Block]:
+        """What metrics look at."""
+        found = []
+        for seed, x, start, end in zip(self.seeds, samples, self.starts, self.ends, strict=True):
+            host = x.cpu()
+            summary = metrics.summarise([self.metrics[ERROR]], self.problem, host, start.cpu(), range(self.m), end)
+            found.append(Block(self.m, seed, summary, host))
+        return found
+
+    def sample(self, line: Line, grid: str, budget: int) -> Made:
+        made, hashed, seconds, inside = Made(), hashlib.sha256(), 0.0, 0.0
+        problem, notes = self.problem, list[str]()
+        given: dict[str, Any] = {"nfe": budget, "grid": grid, "eta": None, "start": problem.start, "stop": problem.stop}
         try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "from source"
-    return found
+            for seed, start in zip(self.seeds, self.starts, strict=True):
+                self.meter.reset()
+                began = time.perf_counter()
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    out = line.run(self.meter, start, seed=seed, indices=range(self.m), **given)
+                seconds, inside = (
+                    seconds + time.perf_counter() - began,
+                    inside + (self.meter.device_seconds or self.meter.seconds),
+                )
+                made.blocks.append(out.x)
+                hashed.update(out.x.cpu().contiguous().numpy().tobytes())
+                notes += [str(w.message) for w in caught]
+                made.nfe, made.net_evals, made.steps = self.meter.nfe, self.meter.net_evals, out.steps
+        except ToolkitError as failure:  # this budget does not buy a step, or the run blew up: a row that says so
+            return Made(note=str(failure))
+        calls = len(self.seeds) * self.meter.nfe
+        made.cost = {"calls": calls, "seconds": seconds, "samples": self.m * len(self.seeds)}
+        for key, value in (("seconds_per_call", seconds / calls), ("overhead", seconds / inside - 1.0)):
+            made.cost[key] = {"median": value, "low": value, "high": value}
+        made.digest, made.note = hashed.hexdigest(), "; ".join(dict.fromkeys(notes))
+        return made
+
+    def rows(self, line: Line, grid: str, budget: int, made: Made) -> list[dict[str, Any]]:
+        """A row a metric, as ``run`` writes them."""
+        blocks = self.blocks(made.blocks) if made.blocks else []
+        return [self._row(line, grid, budget, made, text, metric, blocks) for text, metric in self.metrics.items()]
+
+    def _row(
+        self, line: Line, grid: str, budget: int, made: Made, text: str, metric: Metric, blocks: list[Block]
+    ) -> dict[str, Any]:
+        problem, floor = self.problem, self.outcome.floors.get(text)
+        note = made.note
+        if made.blocks and metric.flow_only and not line.flow(None):
+            note, blocks = f"{text} is of samplers of the probability flow", []
+        found = metrics.measure(metric, problem, blocks) if blocks else None
+        inside = None if found is None or floor is None else metrics.within(found, floor, metric)
+        return {
+            "model": self.outcome.name,
+            "solver": line.name,
+            "grid": grid,
+            "nfe": made.nfe,
+            "metric": text,
+            "value": None if found is None else found.value,
+            "interval": None if found is None else [found.low, found.high],
+            "floor": None if floor is None else floor.to_dict(),
+            "within_floor": None if inside is None else bool(inside),
+            "n": self.m * len(self.seeds),
+            "seeds": self.seeds,
+            "digest": made.digest,
+            "budget": budget,
+            "steps": made.steps,
+            "net_evals": made.net_evals,
+            "values": None if found is None else list(found.values),
+            "blocks": len(self.seeds),
+            "unit": metric.unit,
+            "lower_is_better": metric.lower_is_better,
+            "two_sided": metric.two_sided,
+            "path": repr(problem.path),
+            "start_law": "prior",
+            "start": problem.start,
+            "stop": problem.stop,
+            "eta": None,
+            "dtype": "float64",
+            "device": provenance.device_name(self.device),
+            "versions": provenance.versions(),
+            "git": provenance.commit(),
+            "config": digest({**asdict(self.config), "out": ""})[:16],
+            "weights": "",
+            "schema": SCHEMA,
+            "note": note,
+            "cost": made.cost,
+        }
+
+
+def study(outcomes: list[Outcome], config: Quick, seconds: float) -> Any:
+    """What the report is told: the same page as of ``run``'s folders."""
+    from .reports import Study
+    from .reports.sheets import sheet
+    from .reports.study import facts
+
+    rows = [row for o in outcomes for row in o.rows]
+    sheets = []
+    for o in (o for o in outcomes if o.kept):
+        problem, size = get(o.name), len(next(iter(o.kept.values())))
+        sheets.append(sheet(problem, o.name, "true draws", None, problem.truth(0, range(size)), size))
+        sheets += [sheet(problem, o.name, solver, budget, x, size) for (solver, budget), x in o.kept.items()]
+    options = {"n": "samples a run in the plane", "digits": "samples a run of digits", "blocks": "blocks", "seed": "seed"}
+    return Study(
+        title="Samplers compared",
+        rows=rows,
+        told={o.name: (o.title, o.note) for o in outcomes},
+        sheets=sheets,
+        facts=[*((words, str(getattr(config, k))) for k, words in options.items()), *facts({}, rows)],
+        next=NEXT,
+        seconds=seconds,
+    )
+
+
+NEXT = (
+    "python -m benchmarks run --model ring2 --solver ddim dpmpp_2m unipc_3 --nfe 5 10 20 -n 4000 --out out/ring2",
+    "python -m benchmarks report out/ring2",
+    "python -m benchmarks quick --solvers ddim heun unipc_2 --nfe 10 20 40",
+)

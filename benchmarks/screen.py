@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group
@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .problems import Problem
-from .results import Outcome, Row, closest, last_slope, milestones, number, winner
+from .reading import number, slopes, won, words
+from .results import DISTANCE, ERROR, Outcome, called, milestones
 
 if TYPE_CHECKING:
     from .quick import Quick
@@ -57,63 +58,63 @@ class Screen:
             table.add_column(f"NFE {budget}", justify="right", no_wrap=True, min_width=6)
         table.add_column("slope", justify="right", no_wrap=True)
         table.add_column("ms/call", justify="right", no_wrap=True)
+        errors = outcome.series(ERROR)
+        best = [won(errors, budget) for budget in self.config.nfe]
+        leaders = [row for win in best if win is not None for row in (win.best, *win.tied)]
         for solver in self.config.solvers:
-            rows = outcome.of(solver)
+            rows = [outcome.row(solver, budget, DISTANCE) for budget in self.config.nfe]
             name = Text(solver)
-            if rows:
-                name.append(f"\n  {rows[0].grid}", style="dim")
-            cells = [self.cell(outcome, row) for row in rows] + [Text("")] * (len(self.config.nfe) - len(rows))
-            table.add_row(name, *cells, self.slope(rows), self.pace(rows))
-        floor, gap = outcome.floor, outcome.reference_w2
+            if rows[0] is not None:
+                name.append(f"\n  {rows[0]['grid']}", style="dim")
+            cells = [self.cell(outcome, row, leaders) for row in rows]
+            trend, pace = slopes(outcome.of(solver, ERROR)), outcome.pace(solver)
+            shown = Text(f"{trend[-1].value:.2f}" if trend else "")
+            table.add_row(name, *cells, shown, Text("" if pace is None else f"{pace:.2f}"))
+        floor, (calls, distance) = outcome.floors, outcome.reference
         caption = Text(style="dim")
         caption.append(
-            f"  floor of W2 {number(floor.mean)} +- {number(floor.sd)} a block; the exact flow: {number(gap.mean)}\n"
+            f"  floor of W2 {number(floor[DISTANCE].mean)}, up to {number(floor[DISTANCE].high)}; "
+            f"the exact flow: {number(distance)}\n"
         )
-        caption.append(f"  end points from {outcome.reference_nfe} calls, trusted to {number(outcome.reference_error)}\n")
+        caption.append(f"  end points from {calls} calls, trusted to {number(floor[ERROR].mean)}\n")
         return Group(table, caption)
 
-    def cell(self, outcome: Outcome, row: Row) -> Text:
-        if row.nfe is None:
+    def cell(self, outcome: Outcome, row: dict[str, Any] | None, leaders: Sequence[Any]) -> Text:
+        """Of one run: the strong error, bold where no other is told to be better; below it the distance to true data."""
+        if row is None:
+            return Text("")
+        if row["nfe"] is None:
             return Text("-", style="dim")
         text = Text()
-        if row.error is not None:
-            leads = outcome.best(row.budget, "error") is row
-            bought = "" if row.nfe == row.budget else f"@{row.nfe} "
-            text.append(bought, style="dim")
-            text.append(number(row.error), style="bold green" if leads else "")
+        error = outcome.row(row["solver"], row["budget"], ERROR)
+        if error is not None and error["value"] is not None:
+            leads = any(error is r for r in leaders)
+            text.append("" if row["nfe"] == row["budget"] else f"@{row['nfe']} ", style="dim")
+            text.append(number(error["value"]), style="bold green" if leads else "")
             text.append("\n")
-        text.append(number(row.sliced_w2, 2), style="dim")
-        text.append(self.tick if row.within_floor else " ", style="green")
+        text.append(number(row["value"], 2), style="dim")
+        text.append(self.tick if row["within_floor"] else " ", style="green")
         return text
 
-    def slope(self, rows: Sequence[Row]) -> Text:
-        value = last_slope(rows)
-        return Text("" if value is None else f"{value:.2f}")
-
-    def pace(self, rows: Sequence[Row]) -> Text:
-        spent = sum(r.seconds or 0.0 for r in rows)
-        calls = sum(r.nfe or 0 for r in rows)
-        return Text(f"{1e3 * spent / calls:.2f}" if calls else "")
-
     def goodbye(self, outcomes: Sequence[Outcome], beside: Sequence[str], seconds: float) -> None:
+        from .quick import NEXT
+        from .reports import PAGE
+
         print_ = self.console.print
         print_()
-        budgets = milestones(self.config.nfe)
-        for say, words in ((winner, "Least strong error"), (closest, "Closest to true data")):
+        budgets, names = milestones(self.config.nfe), called(outcomes)
+        for metric, title in ((ERROR, "Least strong error"), (DISTANCE, "Closest to true data")):
             table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-            for head in (Text(words, style="bold not dim"), *(f"NFE {b}" for b in budgets)):
+            for head in (Text(title, style="bold not dim"), *(f"NFE {b}" for b in budgets)):
                 table.add_column(head, min_width=18)
             for outcome in outcomes:
-                table.add_row(f"  {outcome.name}", *(say(outcome, b) for b in budgets))
+                wins = (won(outcome.series(metric), budget) for budget in budgets)
+                table.add_row(f"  {outcome.name}", *(Text(words(win, names, most=2)) for win in wins))
             print_(table)
+        print_("  = ties: not told apart by this many samples", style="dim")
         out = self.config.out
-        print_(f"\n{seconds:.0f} s. Open {out / 'report.html'}", style="bold", markup=False, soft_wrap=True)
+        print_(f"\n{seconds:.0f} s. Open {out / PAGE}", style="bold", markup=False, soft_wrap=True)
         print_(f"  beside it {', '.join(beside)} in {out}", style="dim", markup=False, soft_wrap=True)
         print_("Next:")
-        print_("  python -m benchmarks quick --solvers ddim heun unipc_2 --nfe 10 20 40", markup=False, soft_wrap=True)
-        print_(
-            "  python -m benchmarks train digits       train the network of the third problem yourself",
-            markup=False,
-            soft_wrap=True,
-        )
-        print_("  python -m benchmarks exact --help       exact error laws on Gaussian data", markup=False, soft_wrap=True)
+        for command in NEXT:
+            print_(f"  {command}", markup=False, soft_wrap=True)

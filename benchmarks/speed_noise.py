@@ -26,18 +26,30 @@ def knot(lam: float) -> Knot:
     return Knot(-lam, 1.0, 1.0, lam, 0.0, 0.0, 0.0)
 
 
-def medians(contenders: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Median seconds a call, the contenders taking turns for about ``seconds`` in all, after one call each to warm up."""
+def timings(
+    contenders: Mapping[str, Callable[[], object]],
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+    least: int = 5,
+) -> dict[str, list[float]]:
+    """Seconds of each call, the contenders taking turns for about ``seconds`` in all and ``least`` times at least, after one
+    call each to warm up: a slow spell of the machine meets every contender alike.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for call in contenders.values():
         call()
     stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or len(next(iter(times.values()))) < 5:
+    while time.perf_counter() < stop or len(next(iter(times.values()))) < least:
         for name, call in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+            times[name].append(clock() - start)
+    return times
+
+
+def medians(contenders: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Median seconds a call of ``timings``."""
+    return {name: statistics.median(values) for name, values in timings(contenders, seconds).items()}
 
 
 def white(shape: Sequence[int], dtype: torch.dtype, seconds: float = 2.0) -> tuple[float, float]:

@@ -5,6 +5,8 @@ from .analytic import Empirical as Empirical
 from .analytic import Gaussian as Gaussian
 from .analytic import GaussianMixture as GaussianMixture
 from .analytic import as_network as as_network
+from .checking import Diagnosis as Diagnosis
+from .checking import check as check
 from .elbo import Elbo as Elbo
 from .elbo import ddpm_elbo as ddpm_elbo
 from .elbo import vdm_elbo as vdm_elbo

@@ -414,7 +414,7 @@ class GaussianMixture(Exact):
             self._forth = self._vectors.permute(1, 0, 2).reshape(d, k * d)  # x @ forth: coordinates in all K bases
             self._back = self._vectors.transpose(1, 2).reshape(k * d, d)
             self._mu_basis = torch.einsum("kd,kde->ke", self._mu, self._vectors)
-        elif len(self.covs) == k and self.covs.dim() and self.covs.numel() in (k, k * d):
+        elif self.covs.dim() and len(self.covs) == k and self.covs.numel() in (k, k * d):
             self._values = self.covs.reshape(k, -1).expand(k, d)
             _nonnegative("covs", self._values)
         else:

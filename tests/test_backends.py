@@ -9,7 +9,8 @@ from scores import Gaussian, Score
 from sde import VP
 from sde.errors import StepLimitError
 from solvers import integrate
-from solvers.backends import TorchDiffEq
+from solvers.backends import TorchDiffEq, TorchSDE, _Reverse
+from solvers.base import Evaluator
 
 PATH = VP()
 TIMES = [1.0, 1e-3]
@@ -64,3 +65,15 @@ def test_one_by_one_the_budget_is_that_of_the_run():
     assert torch.equal(caught.value.partial[0], each.x[0])  # done
     assert not torch.equal(caught.value.partial[1], x[1])  # on its way
     assert torch.equal(caught.value.partial[2], x[2])  # not begun
+
+
+def test_torchsde_is_handed_the_knots_of_both_ends_and_not_ones_beside_them():
+    """Its clock counts from zero: start - (start - stop) is not stop to the last bit."""
+    path = VP()
+    s, t = path.knots([1.0, 1e-3])
+    assert 1.0 - (1.0 - t.t) != t.t
+    x = torch.zeros(2, 3, dtype=torch.float64)
+    field = _Reverse(Evaluator(Score(lambda x, t: x, path), x, {}), s, t, x.shape, TorchSDE("euler"))
+    assert field._knot(0.0) == s
+    assert field._knot(field.span) == t
+    assert field._knot(field.span / 2).t == 1.0 - field.span / 2

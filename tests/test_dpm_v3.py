@@ -20,6 +20,7 @@ from scores import Gaussian, GaussianMixture, Score
 from sde import EDM, VP, Linear
 from sde.errors import InputError, NetworkError
 from solvers import SOLVERS, integrate, sample, trace
+from solvers.base import Evaluator
 from solvers.convergence import warped_grid
 from solvers.dpm_v3 import DPMSolverV3, GaussianStatistics, ModelStatistics, statistics
 from solvers.exact import flow_error
@@ -322,6 +323,21 @@ def test_statistics_of_correlated_data():
     assert np.abs(found.rate - rate / size)[1:-1].max() < 0.02
 
 
+def test_the_slope_is_measured_where_the_gradient_depends_on_the_state():
+    """l = E sigma d eps / dx, averaged over x_t: by autograd on other draws of a mixture, whose gradient is no constant."""
+    path = VP()
+    score = mixture(path)
+    found = statistics(score, drawn(score, 4000), levels=7, start=float(path.time(-1.5)), stop=float(path.time(1.5)))
+    x0, k = drawn(score, 20000, seed=5), path.knot(float(path.time(found.lam[3])))
+    x = k.alpha * x0 + k.sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(6), dtype=x0.dtype)
+    x.requires_grad_()
+    eps = score.predict(x, k.t).eps
+    trace = sum(torch.autograd.grad(eps[:, i].sum(), x, retain_graph=True)[0][:, i] for i in range(x.shape[1]))
+    slopes = k.sigma * trace / x.shape[1]
+    assert float(slopes.std()) > 0.02
+    assert abs(found.slope[3] - float(slopes.mean())) < 5.0 * float(slopes.std()) * math.sqrt(1 / 4000 + 1 / 20000)
+
+
 def test_statistics_count_their_calls_and_leave_no_traces():
     class Network(torch.nn.Module):
         def __init__(self):
@@ -551,3 +567,33 @@ def test_the_page_runs(monkeypatch, tmp_path, capsys):
         exec(compile(block, "dpm_v3.md", "exec"), names)  # noqa: S102
     assert capsys.readouterr().out == "ModelStatistics(48 levels, one number each) 192\n"
     assert np.array_equal(names["again"].mean, names["wide"].mean)
+
+
+@pytest.mark.parametrize(
+    ("solver", "says"),
+    [
+        (DPMSolverV3(1), "as any step"),
+        (DPMSolverV3(2), "order 1 first step, then growing"),
+        (DPMSolverV3(3, corrector=0), "order 1 first step, then growing"),
+        (DPMSolverV3(2, corrector=1), "order 2 first step, then growing"),
+    ],
+)
+def test_the_first_step_is_said_to_be_what_it_is(solver, says):
+    """A first step of order k errs by h^(k+1), told from the state after it, corrected on arrival where that is done."""
+    assert solver.start_rule == says
+    path, score = VP(), mixture(VP())
+    errors = []
+    for h in (0.04, 0.02):
+        grid, x = times(path, [-0.5, -0.5 + h, -0.5 + 2.0 * h]), start(path, -0.5)
+        truth = integrate("rk4", score, x, times(path, np.linspace(-0.5, -0.5 + h, 9).tolist())).x
+        if solver.corrector == 1:  # what the second step sets out from: the two runs differ by its own share alone
+            pending = solver.step(Evaluator(score, x), x, *path.knots(grid)[:2], None, lambda s, t: None)
+            _, history = pending.carry
+            arrived = path.knots(grid)[1]
+            value = solver._value(score.predict(pending.x, arrived.t), arrived)
+            state = solver._corrected(pending.carry[0], history, (arrived, value))
+        else:
+            state = integrate(solver, score, x, grid[:2]).x
+        errors.append(float((state - truth).abs().max()))
+    first = 1 + (solver.corrector == 1)
+    assert abs(math.log2(errors[0] / errors[1]) - (first + 1)) < 0.15

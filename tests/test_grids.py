@@ -108,7 +108,7 @@ def test_every_grid_falls_strictly_between_exact_ends(name, label):
 
 
 @given(paths(), st.sampled_from(sorted(GRIDS)), st.integers(1, 40))
-@settings(max_examples=250)
+@settings(max_examples=100)
 def test_every_grid_on_every_path_is_strict_and_in_the_domain(path, name, n):
     if name in AYS_TABLES and float(path.lam(path.T)) >= -math.log(AYS_TABLES[name][-1]):
         with pytest.raises(InputError, match="does not reach"):
@@ -127,7 +127,7 @@ def test_every_grid_on_every_path_is_strict_and_in_the_domain(path, name, n):
     st.floats(0.5, 0.95),
     st.floats(0.05, 0.4) | st.just(0.0),
 )
-@settings(max_examples=250)
+@settings(max_examples=100)
 def test_ends_are_exact(path, name, n, high, low):
     start, stop = high * path.T, low * path.T
     assume(stop > 0.0 or path.t_min < start)  # or there is nowhere for the last step to 0 to begin
@@ -802,7 +802,7 @@ def test_the_bound_of_dmn_is_that_of_its_released_code(n):
     np.testing.assert_allclose(moved.grad.numpy(), slopes, rtol=1e-4, atol=1e-4 * np.abs(slopes).max())
 
 
-@pytest.mark.parametrize("n", [2, 5, 8])
+@pytest.mark.parametrize("n", [2, 6])
 def test_dmn_finds_at_least_what_its_released_optimiser_finds(n):
     """scipy's trust-constr from equal steps of lambda, as released."""
     path = VP()

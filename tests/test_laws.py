@@ -18,7 +18,8 @@ from scores import GaussianMixture, Score
 from sde import VP, Cosine, Linear, ReverseSDE
 from sde.noise import Draws, Source, White
 from solvers import SOLVERS, integrate, trace
-from solvers.plan import Call
+from solvers.exponential import Multistep
+from solvers.plan import Call, trace_solver
 from solvers.testing import paths
 
 LINEAR = [n for n, e in SOLVERS.items() if e.solver.linear]
@@ -81,6 +82,29 @@ def test_constant_predictions_are_integrated_exactly_in_any_number_of_steps(name
         exact = t.sigma * value + (t.alpha / s.alpha) * (x - s.sigma * value)
     size = float(exact.abs().max()) + max(t.alpha, t.sigma, t.alpha / s.alpha * s.sigma)
     assert float((plan.run(constant(path, target, value), x) - exact).abs().max()) <= 1e-9 * size
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_constant_eps_is_exact_down_to_sigma_zero(eta):
+    """x_0 = (x_s - sigma_s eps)/alpha_s at eta = 0; at any eta what noise is left is sigma_s/alpha_s eta z. From a start where
+    alpha is far from one, so that no power of it is taken for another.
+    """
+    path = VP()
+    x, value = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plan = trace_solver(Multistep(1, "eps"), path, (0.6, 0.0), eta, "ddim")
+    s = plan.grid[0]
+    z = White(3).open(tuple(x.shape), x.dtype).normal(0, *plan.grid)
+    gain = 1.0 + eta**2
+    exact = (x - gain * s.sigma * value + eta * s.sigma * z) / s.alpha
+    assert s.alpha < 0.5
+    out = plan.run(constant(path, "eps", value), x, noise=White(3))
+    assert float((out - exact).abs().max()) <= 1e-12 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("name", [n for n in LINEAR if SOLVERS[n].solver.takes_eta and SOLVERS[n].solver.order])
+def test_the_probability_flow_draws_no_noise(name):
+    assert trace(name, VP(), [0.8, 0.5, 0.2], eta=0.0).draws == 0
+    assert trace(name, VP(), [0.8, 0.5, 0.2], eta=1.0).draws > 0
 
 
 @pytest.mark.parametrize("name", INVARIANT)

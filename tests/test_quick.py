@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import files, metrics, networks, pictures, problems, quick, report, results, train
+from benchmarks.metrics import levels
 from benchmarks.results import Outcome, Row
 from sde.errors import InputError
 from sde.prediction import Tally
@@ -108,7 +109,7 @@ def test_files(made: tuple[Path, list[dict[str, Any]], str]) -> None:
 
 def test_rows(made: tuple[Path, list[dict[str, Any]], str]) -> None:
     _, rows, _ = made
-    assert len(rows) == len(problems.PROBLEMS) * len(SMALL.solvers) * len(SMALL.nfe)
+    assert len(rows) == len(quick.PROBLEMS) * len(SMALL.solvers) * len(SMALL.nfe)
     for row in rows:
         assert list(row) == list(COLUMNS)
         for name, kind in COLUMNS.items():
@@ -124,7 +125,7 @@ def test_rows(made: tuple[Path, list[dict[str, Any]], str]) -> None:
 def test_calls_are_counted_at_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """A spy on the network sees, run by run, the calls that the rows claim."""
     calls: list[int] = []
-    score = problems.PROBLEMS["mixture"].score(torch.device("cpu"))
+    score = problems.get("mixture").score(torch.device("cpu"))
     at = type(score).at
 
     def spied(self: Any, knots: Any, x: Any, conditions: Any, tally: Tally) -> Any:
@@ -142,7 +143,7 @@ def test_calls_are_counted_at_the_network(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(type(score), "at", spied)
     solvers = ("ddim", "edm_heun", "edm_rk4", "dpmpp_2m", "unipc_3", "ddpm", "dpmpp_2m_sde")
     config = replace(SMALL, solvers=solvers, n=16, blocks=4)
-    *_, outcome = quick.measure(config, "mixture", problems.PROBLEMS["mixture"])
+    *_, outcome = quick.measure(config, "mixture", problems.get("mixture"))
     assert calls[2:] == [row.nfe for row in outcome.rows]  # after the reference and the half reference
     assert calls[0] == outcome.reference_nfe
 
@@ -150,7 +151,7 @@ def test_calls_are_counted_at_the_network(monkeypatch: pytest.MonkeyPatch) -> No
 def test_numbers_are_a_function_of_the_seed() -> None:
     def numbers(seed: int) -> list[Any]:
         config = replace(SMALL, seed=seed, n=32, nfe=(4, 8))
-        *_, outcome = quick.measure(config, "mixture", problems.PROBLEMS["mixture"])
+        *_, outcome = quick.measure(config, "mixture", problems.get("mixture"))
         return [(r.error, r.sliced_w2, r.slope, r.floor, r.within_floor) for r in outcome.rows]
 
     assert numbers(3) == numbers(3)
@@ -160,7 +161,7 @@ def test_numbers_are_a_function_of_the_seed() -> None:
 def test_slopes_show_the_orders() -> None:
     """From 32 to 64 calls on the mixture: Euler first, Heun second, to within half an order, and the reference far below."""
     config = replace(SMALL, nfe=(32, 64), n=256, reference=200, solvers=("ddim", "edm_heun"))
-    *_, outcome = quick.measure(config, "mixture", problems.PROBLEMS["mixture"])
+    *_, outcome = quick.measure(config, "mixture", problems.get("mixture"))
     slopes = {r.solver: r.slope for r in outcome.rows if r.budget == 64}
     assert slopes["ddim"] == pytest.approx(-1.0, abs=0.2)
     assert slopes["edm_heun"] == pytest.approx(-2.0, abs=0.5)
@@ -169,17 +170,17 @@ def test_slopes_show_the_orders() -> None:
 
 def test_a_perfect_sampler_is_within_the_floor_and_a_poor_one_is_not() -> None:
     """True draws pass in at least 90 of 100 trials; draws moved by half a standard deviation in none."""
-    problem, along = problems.PROBLEMS["digits_exact"], metrics.directions(64)
+    problem, along = problems.get("digits_exact"), metrics.directions(64)
     seeds = iter(range(10_000))
 
     def pair(shift: float = 0.0) -> float:
-        a, b = (problem.truth(64, next(seeds)) for _ in range(2))
+        a, b = (problem.truth(next(seeds), range(64)) for _ in range(2))
         return metrics.sliced_w2(a + shift, b, along)
 
     floor = metrics.level([pair() for _ in range(quick.FLOOR_PAIRS)])
-    passed = sum(metrics.within(metrics.level([pair() for _ in range(4)]), floor) for _ in range(100))
+    passed = sum(levels.within(metrics.level([pair() for _ in range(4)]), floor) for _ in range(100))
     assert passed >= 90
-    assert not any(metrics.within(metrics.level([pair(0.4) for _ in range(4)]), floor) for _ in range(20))
+    assert not any(levels.within(metrics.level([pair(0.4) for _ in range(4)]), floor) for _ in range(20))
 
 
 def test_sliced_w2_of_a_shift() -> None:
@@ -255,7 +256,7 @@ def test_a_budget_below_one_step_is_a_row_that_says_so(tmp_path: Path) -> None:
 def test_every_name_with_a_table_can_be_compared() -> None:
     names = tuple(n for n, e in SOLVERS.items() if e.solver.linear)
     config = replace(SMALL, n=16, nfe=(8,), solvers=names, reference=10)
-    *_, outcome = quick.measure(config, "mixture", problems.PROBLEMS["mixture"])
+    *_, outcome = quick.measure(config, "mixture", problems.get("mixture"))
     assert {r.solver for r in outcome.rows} == set(names)
     stochastic = {r.solver for r in outcome.rows if r.error is None and r.nfe is not None}
     assert {"ddpm", "dpmpp_2m_sde"} <= stochastic

@@ -32,9 +32,18 @@ MODULES = {
 }
 #: Calls by their written name; of a name with a dot the last parts count.
 CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.jit.load", "torch.package.PackageImporter"}
-#: Where names become modules: names of tables that are in the code, of commands and of the peers that speed is compared with;
+#: Where names become modules: names that are in the code, of commands and of the libraries that samplers are compared with;
 #: and what the caller writes on the command line (``--model module:function``, which no file may say).
-DYNAMIC = {"benchmarks/__main__.py", "benchmarks/speed.py", "benchmarks/models.py"}
+DYNAMIC = {
+    "benchmarks/__main__.py",
+    "benchmarks/speed.py",
+    "benchmarks/models.py",
+    "benchmarks/doctor.py",
+    "benchmarks/peers/__init__.py",
+    "benchmarks/peers/base.py",
+    "benchmarks/peers/diff_sampler.py",
+    "benchmarks/peers/k_diffusion.py",
+}
 
 
 def faults(source: str, file: str = "x.py") -> Iterator[str]:

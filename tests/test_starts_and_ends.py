@@ -115,6 +115,17 @@ def test_restart_keeps_the_order_of_a_multistep_method(inner):
     assert abs(result.measured - inner.order) <= orders.TOLERANCE, result
 
 
+def test_a_start_graded_into_no_levels_is_the_method():
+    path = VP()
+    grid = path.time(torch.linspace(-1.0, 1.0, 6, dtype=torch.float64)).tolist()
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plain, graded = (integrate(m, Counted(path), x, grid) for m in (Multistep(3, "x0"), GradedStart(Multistep(3, "x0"), 0)))
+    assert torch.equal(plain.x, graded.x)
+    assert plain.nfe == graded.nfe
+    with pytest.raises(InputError, match="levels=-1"):
+        GradedStart(Multistep(3, "x0"), -1)
+
+
 def test_restart_around_a_multistep_method_without_passages_is_the_method():
     path = VP()
     grid = path.time(torch.linspace(-1.0, 1.0, 8, dtype=torch.float64)).tolist()

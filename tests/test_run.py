@@ -1,0 +1,674 @@
+"""``python -m benchmarks run``: the same samples and numbers however the work is cut up, stopped, shared or gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+import tyro
+from sweeping import SWEEP, cheap, digests, ended, fork, in_memory, quietly
+
+from benchmarks import __main__ as command
+from benchmarks import claims, files, lines, making, progress, provenance, run, store, sweep
+from benchmarks.run import Place
+from benchmarks.sweep import Sweep
+from sde.errors import InputError, ResultsError, RunError
+
+FIELDS = {"solver", "nfe", "grid", "metric", "value", "interval", "floor", "n", "seeds", "digest"}
+BRIEF = replace(SWEEP, solver=("ddim",), nfe=(2,), metric=("mean_error",))
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[Path]:
+    with in_memory() as found:
+        yield found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cheap() -> Iterator[None]:
+    with cheap():
+        yield
+
+
+@pytest.fixture
+def out(memory: Path, request: pytest.FixtureRequest) -> Path:
+    """A folder of its own for each test, with a blank in its name."""
+    return memory / f"{len(list(memory.iterdir()))} {request.node.originalname}"
+
+
+def said(capfd: pytest.CaptureFixture[str]) -> str:
+    return capfd.readouterr().err
+
+
+def main(*words: object) -> int:
+    return command.main(["run", *map(str, words)])
+
+
+# --- the command ------------------------------------------------------------------------------------------------------------
+
+
+def test_one_command(out: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell has its rows, each with an interval and a floor; a second time nothing is made; a TOML file says the same."""
+    words = ["--model", "ring2", "--solver", "ddim", "dpmpp_2m", "--nfe", "4", "8", "--grid", "log_snr", "karras"]
+    words += ["-n", "200", "--metric", "fd", "sliced_w2"]
+    assert main(*words, "--out", out) == 0
+    shown = capfd.readouterr().out
+    assert shown.count("\n") == 8 + 2
+    assert "python -m benchmarks report" in shown
+    found = store.read(out)
+    assert (found.damaged, found.missing) == (0, [])
+    rows = found.rows
+    cells = [(r["solver"], r["grid"], r["budget"], r["metric"]) for r in rows]
+    assert cells == [
+        (s, g, b, m) for s in ("ddim", "dpmpp_2m") for g in ("log_snr", "karras") for b in (4, 8) for m in ("fd", "sliced_w2")
+    ]
+    for row in rows:
+        assert set(row) >= FIELDS
+        assert row["nfe"] == row["budget"]
+        assert row["interval"][0] <= row["value"] <= row["interval"][1]
+        assert 0.0 <= row["floor"]["low"] < row["floor"]["high"]
+        assert (row["n"], row["seeds"], len(row["digest"])) == (200, [0, 1, 2, 3], 64)
+        assert row["cost"]["samples"] == 200
+    assert len({r["digest"] for r in rows}) == 8
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file()}
+    monkeypatch.setattr(making.Maker, "make", lambda self, item: pytest.fail(str(item)))
+    assert main(*words, "--out", out) == 0
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file()} == before
+    toml = out.parent / "sweep.toml"
+    toml.write_text(
+        'model = "ring2"\nsolver = ["heun"]\nnfe = [4, 8]\ngrid = ["log_snr", "karras"]\nn = 200\n'
+        f'metric = ["fd", "sliced_w2"]\nout = "{out}"\n'
+    )
+    assert main("--config", toml, "--solver", "ddim", "dpmpp_2m") == 0  # the command line comes first
+
+
+def test_samples_are_those_of_the_library(out: Path) -> None:
+    """What a sweep measures is what ``sample`` gives, number by number."""
+    from solvers import sample
+
+    assert quietly(replace(SWEEP, solver=("dpmpp_2m",), nfe=(4,), out=out)) == 0
+    score, _ = tiny_models.shrink()
+    for cell, block, first, x in store.samples(out):
+        problem = tiny_models.quick()
+        start = problem.starts(block, range(first, first + len(x)), "prior", torch.float32)
+        own = sample(score, x=start, solver=cell["solver"], nfe=4, grid="log_snr", start=problem.start, stop=problem.stop)
+        assert torch.equal(own.x, x)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--model", "rng2"], "--model 'rng2' is unknown: did you mean 'ring2'"),
+        (["--model", "ring2:vpp"], "did you mean 'vp'"),
+        (["--model", "tiny_model:shrink"], "there is no module 'tiny_model'"),
+        (["--model", "tiny_models:shrnk"], "has no function 'shrnk': did you mean 'shrink'"),
+        (["--model", "tiny_models:NOT_CALLABLE"], "has no function 'NOT_CALLABLE'"),
+        (["--model", "os.path:join:x"], "or module:function"),
+        (["--model", "ring2", "--solver", "dpmp_2m"], "did you mean"),
+        (["--model", "ring2", "--solver", "difusers/DDIM"], "did you mean"),
+        (["--model", "ring2", "--grid", "karas"], "did you mean 'karras'"),
+        (["--model", "ring2", "--metric", "slicd_w2"], "did you mean"),
+        (["--model", "ring2", "--device", "gpu"], "give cpu, cuda or cuda:1"),
+        (["--model", "ring2", "-n", "50001"], "multiple of --blocks 4"),
+        ([], "give --model"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line_before_anything_is_written(
+    out: Path, capfd: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    assert main(*words, "--out", out) == 2
+    text = said(capfd)
+    assert told in text
+    assert text.count("\n") == 1
+    assert len(text) < 400
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("failing", "failing() raised FileNotFoundError: no weights at"),
+        ("number", "returned a int: give a Score"),
+        ("bare", "does not say the shape of a sample"),
+    ],
+)
+def test_a_model_that_cannot_be_measured(out: Path, model: str, told: str) -> None:
+    with pytest.raises((InputError, RunError)) as caught:
+        quietly(replace(BRIEF, model=(f"tiny_models:{model}",), out=out))
+    assert told in str(caught.value)
+    assert not out.exists() or not list(out.iterdir())
+
+
+def test_a_bare_score_has_rows_that_say_what_they_lack(out: Path) -> None:
+    bare = replace(BRIEF, model=("tiny_models:bare",), shape=(3,), metric=("mean_error", "strong_error"), out=out)
+    assert quietly(bare) == 0
+    mean, strong = store.read(out).rows
+    assert (mean["value"], strong["value"] is None) == (None, False)
+    assert "no true data" in mean["note"]
+
+
+def test_the_command_that_is_printed_is_the_command() -> None:
+    odd = replace(SWEEP, out=Path("a b'\n\u202e$(x)"), eta=0.5, shape=(3, 2), compile="default", on_nan="skip", start_time=1.5)
+    assert "\n" not in run.command(odd)
+    plain = replace(odd, out=Path("a b'$(x)"))
+    words = shlex.split(run.command(plain))
+    assert words[:4] == ["python", "-m", "benchmarks", "run"]
+    assert tyro.cli(Sweep, args=words[4:]) == plain
+    assert run.command(replace(SWEEP, force_new=True)) == run.command(SWEEP)
+
+
+def test_a_closed_stdout_ends_no_run(out: Path) -> None:
+    def deaf() -> int:
+        read, write = os.pipe()
+        os.close(read)
+        os.dup2(write, 1)
+        sys.stdout = os.fdopen(1, "w", encoding="ascii")
+        return run.run(replace(BRIEF, out=out))
+
+    assert ended(fork(deaf)) == 0
+    assert store.read(out).missing == []
+
+
+def test_a_folder_that_is_gone_from_under_the_process(out: Path) -> None:
+    """And a screen that speaks ASCII only."""
+    gone = out.parent / "gone"
+    gone.mkdir()
+
+    def lost() -> int:
+        os.chdir(gone)
+        gone.rmdir()
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="ascii")
+        return run.run(replace(BRIEF, out=out.with_name("\u00fc\u4e2d\n")))
+
+    assert ended(fork(lost)) == 0
+
+
+# --- one result however it is made ------------------------------------------------------------------------------------------
+
+EVEN = replace(SWEEP, n=210, part=70, nfe=(3,), solver=("ddim", "ddpm", "heun"))
+
+
+@pytest.fixture(scope="module")
+def even(memory: Path) -> dict[str, str]:
+    assert quietly(replace(EVEN, out=memory / "even")) == 0
+    return digests(memory / "even")
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_batches(out: Path, even: dict[str, str], batch: int) -> None:
+    assert quietly(replace(EVEN, out=out, batch=batch)) == 0
+    assert digests(out) == even
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_parts_in_any_order(out: Path, even: dict[str, str], monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    def shuffled(*args: Any) -> list[sweep.Item]:
+        found = list(sweep.items(*args))
+        random.Random(seed).shuffle(found)
+        return found
+
+    monkeypatch.setattr(run, "items", shuffled)
+    assert quietly(replace(EVEN, out=out)) == 0
+    assert digests(out) == even
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_workers_share(out: Path, even: dict[str, str], count: int) -> None:
+    """Each of them makes some, none waits for another, and nothing is made twice."""
+    pids = [fork(lambda k=k: quietly(replace(EVEN, out=out, batch=(1, 7, 64)[k], threads=1 + k % 2))) for k in range(count)]
+    assert [ended(pid) for pid in pids] == [0] * count
+    assert digests(out) == even
+    log, torn = files.unseal_lines((out / store.LOG).read_bytes())
+    parts = [entry for entry in log if entry["event"] == "part"]
+    assert torn == 0
+    assert len(parts) == 9 == len({entry["path"] for entry in parts})
+    assert len({entry["worker"] for entry in parts}) == count
+
+
+def test_more_samples_are_those_of_a_run_that_asked_for_them_at_once(out: Path, even: dict[str, str]) -> None:
+    assert quietly(replace(EVEN, n=105, out=out)) == 0
+    assert quietly(replace(EVEN, out=out)) == 0
+    found = digests(out)
+    assert found.items() >= even.items()
+    assert all("-000000035." in name or name.startswith(("rows/", "floors/")) for name in found.keys() - even.keys())
+
+
+def test_a_sampler_that_looks_at_its_batch_gets_whole_parts(out: Path) -> None:
+    joint = replace(BRIEF, solver=("dopri5",), nfe=(40,), n=30, part=10)
+    assert lines.resolve_line(joint.solver[0]).joint
+    assert quietly(replace(joint, out=out)) == 0
+    other = out.with_name("joint again")
+    assert quietly(replace(joint, out=other, batch=3)) == 0
+    assert digests(out) == digests(other)
+
+
+def test_memory_that_runs_out_halves_the_batch(out: Path) -> None:
+    """The samples are the same; a batch of one that does not fit is an error."""
+    assert quietly(replace(EVEN, model=("tiny_models:greedy",), metric=("mean_error",), n=24, part=8, out=out)) == 0
+    log, _ = files.unseal_lines((out / store.LOG).read_bytes())
+    assert [e["batch"] for e in log if e["event"] == "batch halved"] == [4, 2]
+    other = out.with_name("much memory")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_models.Greedy, "largest", 1000)
+        assert quietly(replace(EVEN, model=("tiny_models:greedy",), metric=("mean_error",), n=24, part=8, out=other)) == 0
+        assert digests(out) == digests(other)
+        patch.setattr(tiny_models.Greedy, "largest", 0)
+        with pytest.raises(RunError, match=r"no memory for a batch of 1 samples .* the model does not fit"):
+            quietly(replace(EVEN, model=("tiny_models:greedy",), out=out.with_name("no memory")))
+
+
+def test_statistics_do_not_grow_with_n(out: Path) -> None:
+    """50,000 samples of 256 numbers, 49 MiB of them, against 5,000: at most 32 MiB more at the peak."""
+    wide = replace(BRIEF, model=("tiny_models:wide",), nfe=(1,), blocks=4, part=500, metric=("mean_error", "cov_error"))
+
+    def peak(n: int) -> int:
+        def work() -> int:
+            with open("/proc/self/clear_refs", "w") as peaks:
+                peaks.write("5")  # the peak from here on
+            assert quietly(replace(wide, n=n, keep_samples=False, out=out / str(n))) == 0
+            status = Path("/proc/self/status").read_text()
+            (out / f"{n}.peak").write_text(status.partition("VmHWM:")[2].split()[0])
+            return 0
+
+        out.mkdir(exist_ok=True)
+        assert ended(fork(work)) == 0
+        return int((out / f"{n}.peak").read_text()) // 1024
+
+    assert peak(50_000) - peak(5_000) <= 32
+
+
+# --- what must not go on ----------------------------------------------------------------------------------------------------
+
+
+def test_other_weights_are_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = replace(BRIEF, out=out)
+    assert quietly(asked) == 0
+    before = digests(out)
+    monkeypatch.setenv("SHRINK", "0.6")
+    with pytest.raises(ResultsError, match="weights or code of tiny_models:quick have changed"):
+        quietly(asked)
+    assert digests(out) == before
+    assert quietly(replace(asked, force_new=True)) == 0
+    assert digests(out) != before
+    monkeypatch.setenv("SHRINK", "0.5")
+    with pytest.raises(ResultsError, match="have changed"):
+        quietly(asked)
+
+
+def test_numbers_that_are_not_finite_stop_the_run_and_say_where(out: Path) -> None:
+    rotten = replace(BRIEF, model=("tiny_models:rotten",), n=60, part=20, nfe=(6,), out=out)
+    with pytest.raises(RunError) as caught:
+        quietly(rotten)
+    place = r"tiny_models:rotten, ddim on log_snr with 6 calls: \d+ samples .* is sample \d+ of block 0, step \d, t = 0\.\d+ "
+    assert re.search(place + ".*--on-nan skip", str(caught.value))
+    assert not list((out / "parts").rglob("*.safetensors"))
+    assert quietly(replace(rotten, on_nan="skip")) == 0
+    (row,) = store.read(out).rows
+    assert row["value"] is None
+    assert "of 60 samples are not finite (first: sample" in row["note"]
+    assert "60" in row["note"]
+    assert len(row["digest"]) == 64
+    kept = torch.cat([x for _, _, _, x in store.samples(out)])
+    lost = ~kept.isfinite().all(1)
+    assert 0 < int(lost.sum()) < 30
+    clean = out.with_name("clean")
+    assert quietly(replace(rotten, model=("tiny_models:shrink",), out=clean)) == 0
+    own = torch.cat([x for _, _, _, x in store.samples(clean)])
+    assert torch.equal(own[~lost], kept[~lost])  # the others do not feel it
+
+
+def test_a_worker_that_hangs_is_not_waited_for(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "PATIENCE", 0.3)
+    read, write = os.pipe()
+
+    def hang() -> int:
+        def stuck(self: making.Maker, item: sweep.Item) -> Any:
+            os.write(write, b"1")
+            time.sleep(300)
+
+        making.Maker.make = stuck
+        return quietly(replace(BRIEF, out=out))
+
+    pid = fork(hang)
+    try:
+        assert os.read(read, 1) == b"1"
+        assert quietly(replace(BRIEF, out=out)) == 0
+        assert store.read(out).missing == []
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        ended(pid)
+    log, _ = files.unseal_lines((out / store.LOG).read_bytes())
+    assert [entry["event"] for entry in log].count("made without a claim") == 1
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------------
+
+
+def stopped(out: Path, *numbers: int) -> tuple[int, str, list[str]]:
+    """(status, what is said, files) of a run that gets signals in the middle of its second part."""
+    told = out.with_suffix(".txt")
+
+    def work() -> int:
+        real, made = making.Maker.make, 0
+
+        def slow(self: making.Maker, item: sweep.Item) -> Any:
+            nonlocal made
+            made += item.kind == "part"
+            if made == 2 and item.kind == "part":
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+            return real(self, item)
+
+        making.Maker.make = slow
+        descriptor = os.open(told, os.O_WRONLY | os.O_CREAT)
+        os.dup2(descriptor, 2)
+        sys.stderr = os.fdopen(2, "w")
+        return run.run(replace(SWEEP, out=out))
+
+    status = ended(fork(work))
+    return status, told.read_text(), sorted(str(p.relative_to(out)) for p in (out / "parts").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "status", "parts"),
+    [([signal.SIGINT], 130, 2), ([signal.SIGINT, signal.SIGINT], 130, 1), ([signal.SIGTERM], 143, 1)],
+)
+def test_stopping_leaves_what_is_made_and_says_how_to_go_on(
+    out: Path, memory: Path, numbers: list[int], status: int, parts: int
+) -> None:
+    found, text, left = stopped(out, *numbers)
+    assert (found, len(left)) == (status, parts)
+    assert ("Ctrl-C again" in text) == (signal.SIGINT in numbers)
+    assert run.command(replace(SWEEP, out=out)) in text
+    assert "Traceback" not in text
+    assert not list(out.rglob("*.partial"))
+    assert not (out / store.LOCKS).exists()
+    assert quietly(replace(SWEEP, out=out)) == 0
+    reference = memory / "not stopped"
+    if not reference.exists():
+        assert quietly(replace(SWEEP, out=reference)) == 0
+    assert digests(out) == digests(reference)
+
+
+# --- several machines -------------------------------------------------------------------------------------------------------
+
+
+def test_places() -> None:
+    assert Place.here({}) == Place(0, 0, 1)
+    assert Place.here({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}) == Place(3, 1, 4)
+    for bad in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "-1"}, {"RANK": "x"}):
+        with pytest.raises(InputError, match="as torchrun sets them"):
+            Place.here(bad)
+
+
+def torchrun(words: list[str], ends: dict[str, str]) -> Callable[[], int]:
+    """Two workers of one machine as torchrun starts them; what is imported here need not be there again."""
+
+    def work() -> int:
+        from torch.distributed.run import main as start
+
+        os.environ.update(ends)
+        start(["--nproc-per-node=2", "--max-restarts=3", "--monitor-interval=0.05", "--master-port=0", *words])
+        return 0
+
+    return work
+
+
+def test_two_processes_of_torchrun_one_of_them_killed(out: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Real processes in a gloo group: rank 1 is killed in the middle of a part, and the group is started again. Not a part is
+    lost or doubled, and the bytes are those of one process alone.
+    """
+    asked = replace(EVEN, model=("tiny_models:grouped",), metric=("mean_error",))
+    marker = out.with_suffix(".killed")
+    here = os.path.dirname(__file__)
+    ends = {"KILL_ONCE": str(marker), "PYTHONPATH": os.pathsep.join((here, os.path.dirname(here))), "OMP_NUM_THREADS": "1"}
+    words = ["-m", *shlex.split(run.command(replace(asked, out=out)))[2:]]
+    assert ended(fork(torchrun(words, ends))) == 0, said(capfd)
+    assert marker.read_text().split() == ["1", "2", "gloo"]
+    assert store.read(out).missing == []
+    alone = out.with_name("alone")
+    assert quietly(replace(asked, out=alone)) == 0
+    assert parts_of(out) == parts_of(alone)
+    log, _ = files.unseal_lines((out / store.LOG).read_bytes())
+    made = [entry["path"] for entry in log if entry["event"] == "part"]
+    assert len(set(made)) == 9
+    assert len(made) <= 10  # the one whose maker was killed between its log and its file, at most
+    assert {entry["worker"].partition("rank ")[2] for entry in log} >= {"0 of 2", "1 of 2"}
+
+
+def parts_of(out: Path) -> dict[str, str]:
+    """Not the floors, which have more replicates where nobody has asked for few, nor what is made of them."""
+    return {name: digest for name, digest in digests(out).items() if name.startswith(("parts", "ends", "sweep"))}
+
+
+# --- what is seen on the way ------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_of_the_newest_samples(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert quietly(replace(BRIEF, out=out)) == 0
+    assert not (out / store.PREVIEW).exists()  # the run was shorter than the time between two
+    other = out.with_name("seen")
+    assert quietly(replace(BRIEF, preview=1e-9, out=other)) == 0
+    from PIL import Image
+
+    with Image.open(other / store.PREVIEW) as picture:
+        assert picture.size == (3, 2)
+        assert len({picture.getpixel((i, j)) for i in range(3) for j in range(2)}) > 2
+    assert digests(other) == digests(out)
+    monkeypatch.setattr(run, "picture", lambda model, x: (_ for _ in ()).throw(ImportError("no pictures here")))
+    assert quietly(replace(BRIEF, preview=1e-9, out=out.with_name("blind"))) == 0
+
+
+def test_progress_counts_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    items = [sweep.Item("floor", "f", {}), *(sweep.Item("part", f"p{k}", {"a": 0, "b": 50}, weight=100.0) for k in range(8))]
+    found = progress.Progress(items)
+    found.remaining([items[0], *items[3:]])  # two parts were there before
+    clock[0] += 1000.0
+    found.done(items[0])
+    clock[0] += 10.0
+    found.done(items[3])
+    assert str(found) == "38 % done, 5 samples/s, 5 parts left, 0:00:50 to go"
+    clock[0] += 10.0
+    found.remaining(items[6:])  # two more were made by others
+    assert str(found) == "62 % done, 8 samples/s, 3 parts left, 0:00:20 to go"
+
+
+def test_without_a_terminal_a_line_now_and_then(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    assert run.run(replace(BRIEF, out=out)) == 0
+    told = [line for line in said(capfd).splitlines() if "samples/s" in line]
+    assert len(told) >= 4
+    assert "6 parts left" in told[0]
+    assert " to go" in told[-1]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run.run(replace(BRIEF, out=out.with_name("rank one"))) == 0
+    assert said(capfd) == ""
+
+
+def test_a_bar_on_a_terminal(out: Path) -> None:
+    import pty
+    import termios
+
+    pid, terminal = pty.fork()
+    if pid == 0:
+        status = 99
+        try:
+            termios.tcsetwinsize(2, (24, 100))
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            status = run.run(replace(BRIEF, out=out))
+        finally:
+            os._exit(status)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(terminal, 1 << 16)
+        except OSError:
+            break
+    assert ended(pid) == 0
+    assert b"100%|" in shown
+    assert b"samples/s, 0 parts left" in shown
+    assert b"mean_error 0." in shown
+
+
+# --- precision, compilation, devices ----------------------------------------------------------------------------------------
+
+
+def values(out: Path) -> list[float]:
+    return [row["value"] for row in store.read(out).rows]
+
+
+def test_dtypes(out: Path) -> None:
+    """The network in half precision is another result, near; the state stays in float32."""
+    found = {}
+    for dtype in ("float32", "float64", "bfloat16"):
+        place = out / dtype
+        assert quietly(replace(BRIEF, dtype=dtype, n=60, part=20, metric=("strong_error",), out=place)) == 0
+        (row,) = store.read(place).rows
+        found[dtype] = row["value"]
+        assert row["dtype"] == ("float64" if dtype == "float64" else "float32")
+    assert found["float32"] == pytest.approx(found["float64"], rel=1e-4)
+    assert found["bfloat16"] == pytest.approx(found["float64"], rel=0.05)
+    assert len(set(found.values())) == 3
+
+
+def test_half_precision_wants_a_network(out: Path) -> None:
+    with pytest.raises(InputError, match="--dtype bfloat16: ring2 is not a Score of a network that could be cast"):
+        quietly(replace(BRIEF, model=("ring2",), dtype="bfloat16", out=out))
+    with pytest.raises(InputError, match="--compile default: ring2 is not a Score of a network"):
+        quietly(replace(BRIEF, model=("ring2",), compile="default", out=out.with_name("ring")))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_network_is_called_in_its_place(out: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Compilation itself is torch's; what a sweep does with it is tried with one that counts."""
+    calls = []
+
+    def compiled(network: torch.nn.Module, mode: str) -> Callable[..., torch.Tensor]:
+        shared = torch.empty(64, 3)
+
+        def run(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+            calls.append((mode, len(x)))
+            memory = shared[: len(x)]
+            return memory.copy_(network(x, *rest))  # as graphs do: the next call writes there again
+
+        return run if mode == "reduce-overhead" else network
+
+    marks: list[None] = []
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(None))
+    assert quietly(replace(EVEN, compile=mode, solver=("dpmpp_2m",), n=30, part=10, out=out)) == 0
+    plain = out.with_name(f"plain {mode}")
+    assert quietly(replace(EVEN, solver=("dpmpp_2m",), n=30, part=10, out=plain)) == 0
+    for (_, _, _, x), (_, _, _, y) in zip(store.samples(out), store.samples(plain), strict=True):
+        assert torch.equal(x, y)
+    assert len(calls) == len(marks) == (9 if mode == "reduce-overhead" else 0)
+
+
+@pytest.mark.slow
+def test_compiled_on_this_processor(out: Path) -> None:
+    assert quietly(replace(BRIEF, compile="default", metric=("strong_error",), out=out)) == 0
+    plain = out.with_name("not compiled")
+    assert quietly(replace(BRIEF, metric=("strong_error",), out=plain)) == 0
+    assert values(out) == pytest.approx(values(plain), rel=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mode", ["no", "default", "reduce-overhead"])
+def test_a_cuda_device(out: Path, mode: str) -> None:
+    """The same numbers but for rounding; device time is that of events, within the wall's."""
+    asked = replace(EVEN, device="cuda", compile=mode, out=out)
+    assert quietly(asked) == 0
+    host = out.with_name(f"host {mode}")
+    assert quietly(replace(EVEN, out=host)) == 0
+    for (_, _, _, x), (_, _, _, y) in zip(store.samples(out), store.samples(host), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+    for cost in store.read(out).costs:
+        assert 0.0 < cost["device_seconds_per_call"]["median"] <= cost["seconds_per_call"]["median"]
+        assert cost["device"] == [torch.cuda.get_device_name()]
+        assert cost["peak_memory"] > 0
+
+
+def test_a_device_that_is_not_there(out: Path) -> None:
+    with pytest.raises(InputError, match=r"torch sees .* CUDA devices on this machine; use cpu"):
+        quietly(replace(BRIEF, device="cuda:99", out=out))
+
+
+# --- provenance -------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_have_a_digest_wherever_they_are() -> None:
+    """In parameters and buffers, in closures, defaults and attributes; and not in what a run leaves behind."""
+
+    def closed(w: torch.Tensor) -> Callable[[Any], Any]:
+        return lambda x, k=w[:1]: x * w + k
+
+    class Holder:
+        def __init__(self, w: torch.Tensor) -> None:
+            self.parts = {"a": [w, 1.5]}
+            self._cache = torch.rand(3)
+
+        def call(self, x: Any) -> Any:
+            return x
+
+    w = torch.arange(3.0)
+    for make in (closed, Holder, lambda w: Holder(w).call, lambda w: (closed(w), 3)):
+        first = provenance.weights(make(w))
+        assert first == provenance.weights(make(w.clone()))
+        assert first != provenance.weights(make(w + torch.tensor([0.0, 0.0, 1e-6])))
+        assert first != provenance.weights(make(w.double()))
+    module = tiny_models.Shrink()
+    first = provenance.weights(module)
+    assert provenance.weights(module.eval()) == first
+    assert provenance.weights(tiny_models.Rotten()) != first
+    module.sigma_data = 0.25
+    second = provenance.weights(module)
+    module.register_buffer("more", torch.zeros(1))
+    assert len({first, second, provenance.weights(module)}) == 3
+
+
+def test_nothing_of_the_environment_is_written(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CANARY", "secret-canary-4711")
+    assert quietly(replace(BRIEF, out=out)) == 0
+    for path in out.rglob("*"):
+        assert not path.is_file() or b"secret-canary-4711" not in path.read_bytes()
+    record = json.loads((out / "sweep.json").read_text())
+    assert set(record["versions"]) == {"python", "torch", "numpy", "score-solvers"}
+    assert record["git"]
+
+
+def test_a_link_is_not_followed_out_of_the_folder(out: Path) -> None:
+    """Neither by the log nor by a claim."""
+    outside = out.parent / "outside.txt"
+    outside.write_text("precious")
+    assert quietly(replace(BRIEF, out=out)) == 0
+    (out / store.LOG).unlink()
+    (out / store.LOG).symlink_to(outside)
+    held = store.Store(out, "me")
+    with pytest.raises(RunError, match="cannot be written"):
+        held.log("event")
+    (out / store.LOCKS / "x.lock").symlink_to(outside)
+    with pytest.raises(RunError, match="cannot be claimed"):
+        held.claims.take("x.lock")
+    (out / store.LOCKS / "x.lock").unlink()
+    held.close()
+    assert outside.read_text() == "precious"
+    assert claims.NO_LINK

@@ -1,0 +1,113 @@
+"""Models for the tests of sweeps: networks of one multiplication a number, so that a sample does not feel its batch mates."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from benchmarks.problems import Problem, wrap
+from scores import Score
+from sde import EDM
+
+
+class Shrink(nn.Module):
+    """eps of data N(0, s^2 I) on EDM's path: x sigma / (sigma^2 + s^2)."""
+
+    def __init__(self, s: float = 0.5) -> None:
+        super().__init__()
+        self.s = nn.Parameter(torch.tensor(s))
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return x * (sigma / (sigma * sigma + self.s * self.s)).reshape(-1, *(1,) * (x.dim() - 1))
+
+
+class Rotten(Shrink):
+    """NaN for samples whose first number is large once the noise is low."""
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        bad = (x[:, :1] > 0.6) & (sigma[:, None] < 0.5)
+        return torch.where(bad, torch.nan, super().forward(x, sigma))
+
+
+class Greedy(Shrink):
+    """Has memory for few samples."""
+
+    largest = 3
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        if len(x) > self.largest:
+            raise torch.OutOfMemoryError(f"a batch of {len(x)}")
+        return super().forward(x, sigma)
+
+
+def data() -> Tensor:
+    return 0.5 * torch.randn(64, 3, generator=torch.Generator().manual_seed(3))
+
+
+def shrink() -> tuple[Score, Tensor]:
+    """Its weight is SHRINK of the environment, which tests change to be another checkpoint."""
+    return Score(Shrink(float(os.environ.get("SHRINK", "0.5"))), EDM()), data()
+
+
+def quick() -> Problem:
+    """With end points that cost little."""
+    score, points = shrink()
+    return wrap(score, (3,), data=points, fineness=4)
+
+
+def wide() -> Problem:
+    """Samples of 256 numbers."""
+    points = 0.5 * torch.randn(64, 256, generator=torch.Generator().manual_seed(4))
+    return wrap(Score(Shrink(), EDM()), (256,), data=points)
+
+
+class Killed(Shrink):
+    """Rank 1 kills its process, once, in the middle of its second part."""
+
+    calls = 0
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        Killed.calls += 1
+        path = os.environ.get("KILL_ONCE", "")
+        if path and os.environ["RANK"] == "1" and Killed.calls == 5 and not os.path.exists(path):
+            words = f"{os.environ['RANK']} {torch.distributed.get_world_size()} {torch.distributed.get_backend()}"
+            with open(path, "w", encoding="ascii") as file:
+                file.write(words)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x, sigma)
+
+
+def grouped() -> tuple[Score, Tensor]:
+    """As a model does that talks to its copies: under torchrun a member of a gloo group, in which all have met."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+        torch.distributed.barrier()
+    return Score(Killed(), EDM()), data()
+
+
+def bare() -> Score:
+    """Without data, and without a shape."""
+    return Score(Shrink(), EDM())
+
+
+def rotten() -> tuple[Score, Tensor]:
+    return Score(Rotten(), EDM()), data()
+
+
+def greedy() -> tuple[Score, Tensor]:
+    return Score(Greedy(), EDM()), data()
+
+
+def failing() -> Score:
+    raise FileNotFoundError("no weights at\n/nowhere")
+
+
+def number() -> int:
+    return 3
+
+
+NOT_CALLABLE = 7
