@@ -1,13 +1,14 @@
 # make quick   first run: an NFE-against-error report in out/quick, under a minute after installation
 # make test    everything CI checks: lint, types, tests
-# Both create .venv and install what they need.
+# make history times of the hot paths beside the peers', kept in out/history and compared with the last ones there
+# Each creates .venv and installs what it needs.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quick test lint types pytest clean
+.PHONY: quick test lint types pytest history clean
 
 quick: $(VENV)/.quick
 	$(BIN)/python -m benchmarks quick
@@ -24,6 +25,11 @@ types: $(VENV)/.dev
 pytest: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
+history: $(VENV)/.dev
+	$(PIP) pytest-benchmark
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/history --benchmark-autosave \
+	  --benchmark-storage=file://out/history $(if $(wildcard out/history),--benchmark-compare)
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -36,10 +42,10 @@ $(VENV)/.quick: pyproject.toml $(VENV)/.torch
 	$(PIP) -e '.[report]'
 	touch $@
 
-# Libraries that the adapters are compared with, alone: azula asks for torchvision, whose wheels do not fit this torch.
+# Libraries that adapters and samplers are compared with, alone: some ask for torchvision, whose wheels do not fit this torch.
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps azula einops flow_matching
+	$(PIP) --no-deps azula einops flow_matching k-diffusion torchode torchtyping typeguard
 	touch $@ $(VENV)/.quick
 
 clean:

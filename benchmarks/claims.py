@@ -40,7 +40,7 @@ class Claims:
         self._beat, self._thread, self._guard = 0, None, threading.Lock()
         self._end = threading.Event()
         self.flock = True
-        self.take(self._worker(self.token))
+        self.take(f"worker-{self.token}")
 
     def take(self, name: str) -> bool:
         """Hold the name. False: another process does."""
@@ -99,11 +99,21 @@ class Claims:
                     self.give(name)
         remove_folder(self.path)
 
+    def start(self) -> None:
+        """From now on this process is at work on the folder, for others to see."""
+        self.take(f"work-{self.token}")
+
+    def at_work(self) -> list[str]:
+        """Words of the other living processes that are; the names of dead ones are cleared away."""
+        found = [name for name in names(self.path) if name.startswith("work-") and name not in self._open]
+        return [self._says(name) for name in found if self._held(name)]
+
     def alive(self, token: str) -> bool:
         """Whether the process of this token lives. Without flock, a doubt is a yes."""
-        name = self._worker(token)
-        if name in self._open:
-            return True
+        return token == self.token or self._held(f"worker-{token}")
+
+    def _held(self, name: str) -> bool:
+        """Whether another process holds the name; else it is cleared away."""
         if not exists(self.path / name):
             return False
         if self.take(name):
@@ -111,18 +121,9 @@ class Claims:
             return False
         return True
 
-    def others(self) -> list[str]:
-        """Words of the other living processes; the names of dead ones are cleared away."""
-        tokens = (name.removeprefix("worker-") for name in names(self.path) if name.startswith("worker-"))
-        return [self._says(token) for token in tokens if token != self.token and self.alive(token)]
-
-    def _says(self, token: str) -> str:
-        data = read(self.path / self._worker(token)) or b""
+    def _says(self, name: str) -> str:
+        data = read(self.path / name) or b""
         return show(data.decode("utf-8", "replace").partition("\n")[0]) or "a process that does not say which"
-
-    @staticmethod
-    def _worker(token: str) -> str:
-        return f"worker-{token}"
 
     @staticmethod
     def _is(path: File, descriptor: int) -> bool:

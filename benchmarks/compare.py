@@ -230,9 +230,9 @@ def _text(options: Compare, compared: Comparison, found: Sequence[Results]) -> I
             yield f"\n{verdict} in B: {len(changes)}"
             yield from _columns([_line(c) for c in changes])
     for title, rows in (
-        ("incomparable", [(*_name(c.a), c.why) for c in compared.of(INCOMPARABLE)]),
-        ("missing in B", _together(compared.missing)),
-        ("new in B", _together(compared.new)),
+        ("incomparable", _together((c.a, c.why) for c in compared.of(INCOMPARABLE))),
+        ("missing in B", _together((row, "") for row in compared.missing)),
+        ("new in B", _together((row, "") for row in compared.new)),
     ):
         if rows:
             yield f"\n{title}:"
@@ -241,16 +241,17 @@ def _text(options: Compare, compared: Comparison, found: Sequence[Results]) -> I
     yield f"\nsame: {why.total()}{''.join(f', {count} {words}' for words, count in why.most_common())}"
     bad = {WORSE: compared.of(WORSE), "missing": compared.missing, INCOMPARABLE: compared.of(INCOMPARABLE)}
     words = ", ".join(f"{len(them)} {what}" for what, them in bad.items() if them)
-    yield f"B against A: {words or 'nothing is worse'}; {len(compared.changes)} cells compared."
+    count = len(compared.changes) - len(bad[INCOMPARABLE])
+    yield f"B against A: {words or 'nothing is worse'}; {count} cells compared."
 
 
-def _together(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """A line of words for all budgets of a sampler."""
+def _together(rows: Iterable[tuple[Row, str]]) -> list[tuple[str, ...]]:
+    """Rows, each with a word, as a line for all budgets of a sampler."""
     found: dict[tuple[str, ...], list[str]] = {}
-    for row in rows:
+    for row, word in rows:
         *words, calls = _name(row)
-        found.setdefault(tuple(words), []).append(calls.removeprefix("NFE "))
-    return [(*words, f"NFE {' '.join(calls)}" if all(calls) else "") for words, calls in found.items()]
+        found.setdefault((*words, word), []).append(calls.removeprefix("NFE "))
+    return [(*words, f"NFE {' '.join(calls)}" if all(calls) else "", word) for (*words, word), calls in found.items()]
 
 
 def _name(row: Row) -> tuple[str, ...]:

@@ -175,6 +175,7 @@ def contender(text: str, grid: str, path: Path, x: Tensor, steps: int) -> Conten
     if isinstance(line, PeerLine):
         if line.sampler.adaptive:
             raise InputError(f"{line.name} chooses its own steps: overhead is of a number of steps; leave it out")
+        line.check(grid, None)
         ends = path.knot(path.T), path.knot(path.t_min)
         counted = Bare(0.5)
         line.loop(counted, x, path, *ends, steps, grid)

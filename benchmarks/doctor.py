@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import platform
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -29,13 +30,9 @@ from solvers.grids import log_snr
 
 from . import peers
 
-#: extra -> the packages it brings. The first are what the package cannot do without.
-PACKAGES: dict[str, tuple[str, ...]] = {
-    "": ("torch", "numpy", "torchdiffeq", "torchsde", "tqdm"),
-    "report": ("matplotlib", "rich", "safetensors", "scikit-learn", "tyro"),
-    "metrics": ("POT", "scipy"),
-    "bridges": ("diffusers",),
-}
+PROJECT = "score-solvers"
+#: What the package cannot do without, where it is run from a folder and was never installed.
+CORE = ("torch", "numpy", "torchdiffeq", "torchsde", "tqdm")
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def run(config: Doctor) -> int:
     for check in found:
         print(f"  {'ok  ' if check.good else 'FAIL'} {check.name}: {check.said} ({check.seconds:.1f} s)")
     wrong = [check.name for check in found if not check.good]
-    absent = [name for name in PACKAGES[""] if version(name) is None]
+    absent = [name for name in wanted()[""] if version(name) is None]
     if wrong or absent:
         parts = [f"failed: {', '.join(wrong)}"] * bool(wrong) + [f"missing: {', '.join(absent)}"] * bool(absent)
         print(f"verdict: NOT WELL; {'; '.join(parts)}. Do not trust numbers of this machine.")
@@ -98,11 +95,11 @@ def machine() -> list[str]:
 def packages() -> list[str]:
     """A line an extra: what of it is here, and how to get the rest; and a torchvision that does not fit this torch."""
     lines = []
-    for extra, names in PACKAGES.items():
+    for extra, names in wanted().items():
         found = {name: version(name) for name in names}
         absent = [name for name, has in found.items() if has is None]
         here = ", ".join(f"{name} {has}" for name, has in found.items() if has is not None) or "nothing"
-        install = "pip install score-solvers" if not extra else f"pip install 'score-solvers[{extra}]'"
+        install = f"pip install '{PROJECT}[{extra}]'" if extra else f"pip install {PROJECT}"
         lines.append(f"{extra or 'core'}: {here}" + (f"; missing {', '.join(absent)}: {install}" if absent else ""))
     broken = torchvision_fault()
     if broken:
@@ -110,6 +107,22 @@ def packages() -> list[str]:
             f"torchvision does not import ({broken}): libraries that import it fail; install the build that fits torch"
         )
     return lines
+
+
+def wanted() -> dict[str, tuple[str, ...]]:
+    """extra ("": none) -> the packages it brings, as the installed project declares them; without that of developers."""
+    try:
+        declared = metadata.requires(PROJECT) or []
+    except metadata.PackageNotFoundError:
+        return {"": CORE}
+    found: dict[str, list[str]] = {"": []}
+    for line in declared:
+        need, _, marker = line.partition(";")
+        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", marker)
+        name = re.match(r"[A-Za-z0-9._-]+", need.strip())
+        if name is not None and name[0] != PROJECT:
+            found.setdefault(extra[1] if extra else "", []).append(name[0])
+    return {extra: tuple(names) for extra, names in found.items() if extra != "dev"}
 
 
 def version(name: str) -> str | None:

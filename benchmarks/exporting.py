@@ -19,26 +19,26 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path as File
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 from torch import Tensor
 
-from sde.errors import InputError, ResultsError, nearest
+from sde.errors import InputError, nearest
 
 from . import files, problems, store, tables
-from .sweep import ENDING, LISTS, digest
+from .kept import Kept, kept
+from .sweep import LISTS, digest
 
 ROWS = {
     "csv": ("rows.csv", tables.to_csv),
     "parquet": ("rows.parquet", tables.to_parquet),
     "latex": ("rows.tex", tables.to_latex),
 }
-_PART = re.compile(rf"(\d+)\.(\d{{9}})-(\d{{9}}){re.escape(ENDING)}")
 
 
 @dataclass(frozen=True)
@@ -109,85 +109,6 @@ def _chosen(config: Export, row: Mapping[str, Any]) -> bool:
 # --- samples ------------------------------------------------------------------------------------------------------------------
 
 
-class Kept(NamedTuple):
-    """A cell whose samples are all kept: what it is, its n and seeds, and the files in the order of their samples."""
-
-    cell: dict[str, Any]
-    n: int
-    seeds: list[int]
-    parts: list[File]
-
-    def read(self) -> Iterator[Tensor]:
-        """The samples, part by part, (B, *shape)."""
-        for path in self.parts:
-            _, tensors = _unpack(path)
-            x = tensors["x"]
-            bad = ~x.isfinite().reshape(len(x), -1).all(1)
-            if bool(bad.any()):
-                raise InputError(
-                    f"{files.show(path)}: {int(bad.sum())} of its samples are not finite: nothing of this cell is exported"
-                )
-            yield x
-
-
-def kept(out: File, record: Mapping[str, Any], wanted: Callable[[dict[str, Any]], bool]) -> Iterator[Kept]:
-    """The wanted cells of a folder of results, in the order of the sweep. InputError: one whose samples are not all there."""
-    cells = {}
-    for name in files.names(out / "parts"):
-        spans = _spans(out / "parts" / name)
-        if not spans:
-            continue
-        about, tensors = _unpack(next(iter(spans.values())))
-        item = about.get("item", {})
-        model = record["models"].get(item.get("model"), {})
-        if item.get("config") == record["config"] and item.get("digest") == model.get("digest"):
-            cell = {**{k: item[k] for k in ("model", "solver", "grid")}, "budget": item["nfe"]}
-            cells[tuple(cell.values())] = cell, spans, about, "x" in tensors
-    places = {name: {value: i for i, value in enumerate(record["lists"][name])} for name in LISTS}
-    for key in sorted(cells, key=lambda key: [places[name].get(v, -1) for name, v in zip(LISTS, key, strict=True)]):
-        cell, spans, about, held = cells[key]
-        if wanted(cell) and "failed" not in about:  # failed: this budget does not buy a step
-            yield _complete(record, cell, spans, held)
-
-
-def _spans(folder: File) -> dict[tuple[int, int, int], File]:
-    """(block, first, end) -> the file of that part."""
-    found = {}
-    for name in files.names(folder) if files.is_folder(folder) else ():
-        match = _PART.fullmatch(name)
-        if match:
-            found[tuple(map(int, match.groups()))] = folder / name
-    return found
-
-
-def _unpack(path: File) -> tuple[dict[str, Any], dict[str, Any]]:
-    try:
-        return files.unpack(files.read(path) or b"")
-    except ResultsError as error:
-        raise ResultsError(f"{files.show(path)}: {error}; run the sweep again, which makes it again") from None
-
-
-def _complete(record: Mapping[str, Any], cell: dict[str, Any], spans: Mapping[tuple[int, int, int], File], held: bool) -> Kept:
-    """The parts that make up each block, each index once. A sweep that has grown leaves a short part beside a full one."""
-    blocks, n = record["settings"]["blocks"], record["n"]
-    size, parts = n // blocks, []
-    for block in range(blocks):
-        at = 0
-        while at < size:
-            end = max((b for k, a, b in spans if (k, a) == (block, at)), default=None)
-            if end is None:
-                raise InputError(f"{_words(cell)}: block {block} has no part from sample {at} on: go on with the sweep first")
-            parts.append(spans[block, at, end])
-            at = end
-    if not held or not record["settings"]["keep_samples"]:
-        raise InputError(f"{_words(cell)}: its {n} samples were not kept: run the sweep with --keep-samples")
-    return Kept(cell, n, [record["settings"]["seed"] + block for block in range(blocks)], parts)
-
-
-def _words(cell: Mapping[str, Any]) -> str:
-    return files.show(f"{cell['model']}, {cell['solver']} on {cell['grid']} with {cell['budget']} calls")
-
-
 def _export_samples(config: Export, found: store.Results, kind: str, out: File) -> None:
     cells = list(kept(config.folder, found.sweep, lambda cell: _chosen(config, cell)))
     if not cells:
@@ -207,7 +128,7 @@ def _export_samples(config: Export, found: store.Results, kind: str, out: File) 
             write_pngs(place, bytes_of, cell.n)
         about = {**cell.cell, "n": cell.n, "seeds": cell.seeds, "config": found.sweep["config"]}
         files.write(out / f"{name}.json", json.dumps(about, indent=1) + "\n")
-        print(f"{cell.n} samples of {_words(cell.cell)} in {files.show(place)}")
+        print(f"{cell.n} samples of {cell} in {files.show(place)}")
 
 
 def _picture(config: Export, found: store.Results, cell: Kept) -> tuple[int, int, int]:

@@ -32,7 +32,7 @@ from solvers import SOLVERS, sample
 from .problems import digits
 
 NFES = (4, 5, 6, 8, 10, 12, 15, 20, 30, 50)
-GRID_NAMES = ("log_snr", "karras", "uniform", "quadratic", "cosine", "gaussian_optimal")
+GRID_NAMES = ("log_snr", "karras", "uniform", "quadratic", "cosine", "gaussian_optimal", "probit", "ays_svd")
 #: The seeds of the batch that selects and of the one that judges.
 FIRST, SECOND = 0, 2
 #: The peers' winners by their names here; two of diffusers' (Heun:trailing, PNDM:leading) are of its table of 1000 levels.

@@ -7,8 +7,8 @@
     graph.md       a plan as one CUDA graph beside the same plan without; graph.json
     summary.md     all of it in one page
 
-What is there is not made again, so a borrowed machine that goes away costs one part at the most. ``--device cpu`` runs the same
-code on a processor, small, without graphs: a rehearsal.
+What is there of the same options is not made again, so a borrowed machine that goes away costs one part at the most.
+``--device cpu`` runs the same code on a processor, small, without graphs: a rehearsal.
 """
 
 from __future__ import annotations
@@ -70,24 +70,32 @@ class Gpu:
     """As for run."""
     peers: bool = True
     """Other libraries' lines too."""
+    force_new: bool = False
+    """As for run."""
 
 
 def run(config: Gpu) -> int:
-    """Make what is missing. 0 done; InputError (2) where torch sees no such device."""
+    """Make what is missing. 0 done; InputError (2) where torch sees no such device; the status of a sweep that was stopped."""
     device = check(config)
     config = sized(config, device)
     out = config.out
     files.folder(out)
     absent = {name for name in peers.LIBRARIES if not config.peers or peers.library(name).missing()}
     _json(out / "machine.json", {**machine(device), "absent": sorted(absent), "options": asdict(config)})
-    pages = [quality(config, absent)]
+    status = quality(config, absent)
+    if status:
+        return status
+    pages = [f"**NFE against quality**: {files.show(str(out / 'quality' / 'results.jsonl'))}"]
+    of = {**asdict(config), "absent": sorted(absent), "device": provenance.device_name(device)}
+    of = _as_json({key: value for key, value in of.items() if key not in ("out", "force_new")})
     for name, make in (("overhead", overhead), ("cost", cost), ("graph", graph)):
-        page = out / f"{name}.md"
-        if not page.is_file():
+        page, numbers = out / f"{name}.md", out / f"{name}.json"
+        if not files.exists(page) or _options(numbers) != of:
             text, rows = make(config, device, absent)
-            _json(out / f"{name}.json", rows)
+            files.remove(page)
+            _json(numbers, {"options": of, "rows": rows})
             files.write(page, text + "\n")  # last: what has its page is whole
-        pages.append(page.read_text(encoding="utf-8"))
+        pages.append((files.read(page) or b"").decode())
         print(pages[-1], flush=True)
     files.write(out / "summary.md", "\n\n".join([f"# On {provenance.device_name(device)}", *pages]) + "\n")
     print(f"all in {files.show(str(out))}; next: python -m benchmarks report {files.show(str(out / 'quality'))}")
@@ -144,6 +152,18 @@ def _json(file: File, value: Any) -> None:
     files.write(file, json.dumps(value, indent=1, default=str) + "\n")
 
 
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _options(file: File) -> Any:
+    """What the numbers of an earlier run were made with; None where there are none that can be read."""
+    try:
+        return json.loads(files.read(file) or b"")["options"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def here(line: str, absent: set[str]) -> bool:
     return "/" not in line or line.partition("/")[0] not in absent
 
@@ -151,12 +171,11 @@ def here(line: str, absent: set[str]) -> bool:
 # --- the parts ----------------------------------------------------------------------------------------------------------------
 
 
-def quality(config: Gpu, absent: set[str]) -> str:
-    """The sweep, or what of it is missing; what to do with it, in words."""
+def quality(config: Gpu, absent: set[str]) -> int:
+    """The sweep, or what of it is missing; its exit status."""
     from .run import run as sweep
 
-    folder = config.out / "quality"
-    status = sweep(
+    return sweep(
         Sweep(
             model=config.model,
             solver=(*config.solver, *(line for line in LINES if here(line, absent))),
@@ -164,16 +183,14 @@ def quality(config: Gpu, absent: set[str]) -> str:
             grid=("log_snr", "karras"),
             n=config.n,
             metric=("strong_error", "sliced_w2"),
-            out=folder,
+            out=config.out / "quality",
             device=config.device,
             dtype=config.dtype,
             compile=config.compile,
             start="prior",
+            force_new=config.force_new,
         )
     )
-    if status:
-        raise InputError(f"the sweep in {files.show(str(folder))} ended with status {status}: the same command goes on with it")
-    return f"**NFE against quality**: {files.show(str(folder / 'results.jsonl'))}"
 
 
 def usable(pairs: Sequence[tuple[str, str]], try_it: Callable[[tuple[str, str]], object]) -> tuple[list[tuple[str, str]], str]:

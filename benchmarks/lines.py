@@ -163,7 +163,7 @@ class Meter(Predictor):
             tail = (1,) * (x.dim() - 1)
             pairs = [(affine(self.row(k), k, 1.0, 0.0), affine(self.row(k), k, 0.0, 1.0)) for k in knots]
             table = torch.tensor(pairs, dtype=state.dtype).to(x.device)  # (B, 2, 2)
-            (p, q), (r, s) = ((table[:, i, j].reshape(-1, *tail) for j in (0, 1)) for i in (0, 1))
+            p, q, r, s = table.reshape(-1, 4, *tail).unbind(1)
         else:
             knot = self.path.knot(float(t))
             y = self.at([knot], state, conditions, tally)[0](state)

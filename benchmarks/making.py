@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sde.errors import BudgetWarning, InputError, NetworkError, ResultsError, RunError, ToolkitError
+from sde.errors import BudgetWarning, NetworkError, ResultsError, RunError, ToolkitError
 from solvers.base import non_finite
 
 from . import metrics, provenance
@@ -93,7 +93,7 @@ class Maker:
         with _peak(model.device) as peak, _notes() as notes:
             try:
                 self._batches(a, b, batch, run, fixed=line.joint)
-            except (InputError, ToolkitError) as error:
+            except ToolkitError as error:
                 if isinstance(error, (NetworkError, RunError)):
                     raise
                 return {"failed": str(error), "note": ""}, {}, {}  # this budget does not buy a step, say: true of every part
@@ -142,8 +142,11 @@ class Maker:
         """How many of a part's samples its file keeps: all, or the first of the block as far as a metric looks."""
         if self.sweep.keep_samples:
             return count
-        limit = max((m.limit for m in self.metrics.values() if m.needs == "samples"), default=0)
-        return min(count, max(0, limit - a))
+        return min(count, max(0, self.looked_at() - a))
+
+    def looked_at(self) -> int:
+        """How many of a block's samples the metrics look at."""
+        return max((m.limit for m in self.metrics.values() if m.needs == "samples"), default=0)
 
     # --- batches
 

@@ -1,6 +1,7 @@
 """``python -m benchmarks peers``: our samplers beside those of every library that is installed, on the same work.
 
     error     four problems with known end points, two noises: root mean square error (and median over samples) / data std
+    law       stochastic samplers on Gaussian data: the exact distance of their output's law from the truth
     overhead  microseconds a step beyond the network, and memory, on a network of one multiplication
     cost      calls, wall time, network time and what is left, on the shipped network of 8x8 digits
 
@@ -11,19 +12,23 @@ and what users know. ``--every`` runs all deterministic samplers of all librarie
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path as File
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+import tyro
+from torch import Tensor
 
 from sde.errors import InputError, ToolkitError, nearest
 from solvers import GRIDS
 
-from . import costs, files, peers, problems
+from . import costs, files, peer_laws, peers, problems
 from .endpoints import rms
 from .lines import Meter, resolve_line
 from .peers import winners
@@ -78,13 +83,13 @@ LOOPS = (
 class Peers:
     """Our samplers beside other libraries': errors, overhead, cost. Minutes on a CPU."""
 
-    tables: tuple[Literal["error", "overhead", "cost"], ...] = ("error", "overhead", "cost")
-    """Which of the three."""
+    tables: tuple[Literal["error", "law", "overhead", "cost"], ...] = ("error", "law", "overhead", "cost")
+    """Which of the four."""
     problems: tuple[str, ...] = CELLS
-    """Of the error table: problem:noise."""
+    """Of the error table and, where they are Gaussian, of the law table: problem:noise."""
     nfe: tuple[int, ...] = (5, 10, 20, 50)
-    """Budgets of the error table."""
-    n: int = 256
+    """Budgets of the error table and the law table."""
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 256
     """Samples a problem. On mixtures a few, near a border between modes, dominate: read the median, or give thousands."""
     library: tuple[str, ...] = ()
     """Only these libraries (default: all that are installed)."""
@@ -106,7 +111,7 @@ def run(config: Peers) -> int:
     absent = [name for name in peers.LIBRARIES if _wanted(config, name) and peers.library(name).missing()]
     parts, numbers = [], {}
     for name in config.tables:
-        text, rows = {"error": error_table, "overhead": overhead_table, "cost": cost_table}[name](config, absent)
+        text, rows = TABLES[name](config, absent)
         print(text + "\n", flush=True)
         parts.append(text)
         numbers[name] = rows
@@ -189,16 +194,26 @@ class Error(NamedTuple):
     median: float
 
 
-def errors(cell: str, pairs: Sequence[tuple[str, str]], budgets: Sequence[int], n: int, seed: int = 0) -> Iterator[Error]:
-    """Every line at every budget that buys a step of it, from exact marginals to where sampling stops, float64."""
+def errors(
+    cell: str, pairs: Sequence[tuple[str, str]], budgets: Sequence[int], n: int, refused: set[str], seed: int = 0
+) -> Iterator[Error]:
+    """Every line at every budget that buys a step of it, from exact marginals to where it stops, float64; what the others said
+    goes into ``refused``.
+    """
     problem = problems.get(cell)
     x = problem.starts(seed, range(n), "marginal")
-    truth = problem.end(x).x
     meter = Meter(problem.score(), torch.device("cpu"))
-    data = problem.data
-    unit = problem.path.knot(problem.stop).alpha * (1.0 if data is None else float(data.cov.diag().mean().sqrt()))
+    alpha, data = problem.path.knot(problem.stop).alpha, problem.data
+    unit = alpha * (1.0 if data is None else float(data.cov.diag().mean().sqrt()))
+
+    @functools.cache
+    def truth(to_zero: bool) -> Tensor:
+        # states at sigma = 0 come back times the alpha of the sweep's end, as all others do
+        return alpha * problem.between(stop=0.0).end(x).x if to_zero else problem.end(x).x
+
     for text, grid in pairs:
         line = resolve_line(text)
+        end = truth(getattr(line, "to_zero", False))
         for budget in budgets:
             meter.reset()
             try:
@@ -213,22 +228,38 @@ def errors(cell: str, pairs: Sequence[tuple[str, str]], budgets: Sequence[int], 
                     start=problem.start,
                     stop=problem.stop,
                 )
-            except ToolkitError:  # this budget does not buy a step, or the sampler is not defined there
+            except ToolkitError as error:  # this budget does not buy a step, or the sampler is not defined there
+                refused.add(f"{text} {grid}: {error}")
                 continue
-            off = rms(made.x - truth) / unit
+            off = rms(made.x - end) / unit
             yield Error(cell, budget, text, grid, meter.nfe, float(off.square().mean().sqrt()), float(off.median()))
 
 
 def error_table(config: Peers, absent: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
     """One configuration everywhere, the best of each library, and the frontier of each problem beside the published one."""
     pairs = candidates(config, absent)
-    found = []
+    found, refused = [], set()
     for cell in config.problems:
-        found += errors(cell, pairs, config.nfe, config.n)
+        found += errors(cell, pairs, config.nfe, config.n, refused)
         print(f"{cell}: {len(pairs)} lines measured", flush=True)
-    return "\n\n".join([_everywhere(config, found), _libraries(config, found), _frontier(config, found)]), [
-        e._asdict() for e in found
+    frontiers = [_frontier(config, found, kind) for kind in ("rmse", "median")]
+    tables = [_everywhere(config, found), _libraries(config, found), *frontiers, *_refused(refused)]
+    return "\n\n".join(tables), [e._asdict() for e in found]
+
+
+def _refused(said: set[str]) -> list[str]:
+    """What could not be measured, and why, in no or one paragraph."""
+    return ["\n".join(f"- not measured: {files.show(line)}" for line in sorted(said))] if said else []
+
+
+def law_table(config: Peers, absent: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
+    """Stochastic samplers on Gaussian data (``peer_laws``)."""
+    pairs = [pair for pair in peer_laws.LINES if _here(config, pair[0], absent)]
+    refused: set[str] = set()
+    found = [
+        law for cell in peer_laws.CELLS if cell in config.problems for law in peer_laws.laws(cell, pairs, config.nfe, refused)
     ]
+    return "\n\n".join([peer_laws.table(found, config.nfe), *_refused(refused)]), [law._asdict() for law in found]
 
 
 def _geomean(values: Sequence[float]) -> float:
@@ -275,27 +306,25 @@ def library_of(line: str) -> str:
     return line.partition("/")[0] if "/" in line else "ours"
 
 
-def _frontier(config: Peers, found: Sequence[Error]) -> str:
-    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))["rmse"]
+def _frontier(config: Peers, found: Sequence[Error], kind: str) -> str:
+    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))[kind]
+    value = operator.attrgetter(kind)
     rows = []
     for cell in config.problems:
         cells = []
         for nfe in config.nfe:
             ours, theirs = (
-                min((e for e in found if e.cell == cell and e.nfe <= nfe and ("/" in e.line) == peer), key=_rmse, default=None)
+                min((e for e in found if e.cell == cell and e.nfe <= nfe and ("/" in e.line) == peer), key=value, default=None)
                 for peer in (False, True)
             )
             known = published.get(cell.replace(":", " "), {}).get(str(nfe))
-            best = "-" if theirs is None else f"{theirs.rmse:.1e} {theirs.line} {theirs.grid}"
-            mine = "-" if ours is None else f"{ours.rmse:.1e}"
+            best = "-" if theirs is None else f"{value(theirs):.1e} {theirs.line} {theirs.grid}"
+            mine = "-" if ours is None else f"{value(ours):.1e}"
             cells.append(f"{mine}; {best}" + (f" [{known:.1e}]" if known else ""))
         rows.append(f"| {cell} | " + " | ".join(cells) + " |")
-    title = "**Best RMSE at most so many calls: ours; best library here, and which [best of 391, published]**"
+    what = {"rmse": "RMSE", "median": "median error"}[kind]
+    title = f"**Best {what} at most so many calls: ours; best library here, and which [best of 391, published]**"
     return "\n".join([title, "", _head("problem", config.nfe), *rows])
-
-
-def _rmse(error: Error) -> float:
-    return error.rmse
 
 
 # --- overhead and cost --------------------------------------------------------------------------------------------------------
@@ -351,3 +380,6 @@ def cost_lines(found: Sequence[costs.Cost], title: str) -> str:
 
 def _milliseconds(spread: costs.Spread) -> str:
     return f"{1e3 * spread.median:.1f} [{1e3 * spread.low:.1f}, {1e3 * spread.high:.1f}]"
+
+
+TABLES = {"error": error_table, "law": law_table, "overhead": overhead_table, "cost": cost_table}

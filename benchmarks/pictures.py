@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sde.errors import InputError
 
-from .differences import badness
 from .reading import number, slopes
 from .results import DISTANCE, ERROR, Outcome
 
@@ -83,7 +82,8 @@ def _panel(ax: Any, outcome: Outcome, key: str, solvers: Sequence[str]) -> None:
         return
     low = min([*values, floor.mean] if key == DISTANCE else values)
     middle = sorted(values)[len(values) // 2]
-    low, high = max(low, 1e-12) / 1.6, min(max(values) * 1.5, max(20.0 * middle, 3.0))
+    cap = max(20.0 * middle, 3.0)
+    low, high = max(low, 1e-12) / 1.6, 1.5 * max(values) if max(values) < 2.0 * cap else cap
     ax.set(xscale="log", yscale="log", ylim=(low, high), facecolor=PAPER)
     labels: list[tuple[float, str, str]] = []
     pinned: dict[int, int] = {}
@@ -164,14 +164,15 @@ def samples(outcomes: Sequence[Outcome], budgets: Sequence[int]) -> bytes:
     drawn = figure(5.6 * len(outcomes), 9.6)
     axes = drawn.subplots(3, len(outcomes), squeeze=False, height_ratios=(8, 6.3, 6.3))
     for column, outcome in enumerate(outcomes):
-        ranked = _ranked(outcome, max(budgets))
+        key = ERROR if outcome.series(ERROR).rows else DISTANCE
+        ranked = outcome.ranked(max(budgets), key)
         if not ranked:
             continue
         top = ranked[0]
-        _show(axes[0, column], tile(outcome.kept[top, max(budgets)], 8))
+        _show(axes[0, column], tile(outcome.kept[top, max(budgets)], 6))
         title = f"{outcome.title}\n{top}, NFE {max(budgets)}"
         axes[0, column].set_title(title, color=INK, fontsize=11, loc="left", parse_math=False)
-        middle = _ranked(outcome, budgets[len(budgets) // 2])
+        middle = outcome.ranked(budgets[len(budgets) // 2], key)
         for ax, solver in zip(axes[1:, column], dict.fromkeys([*middle[:1], *middle[-1:]]), strict=False):
             _strip(ax, outcome, solver, budgets)
     for ax in drawn.axes:
@@ -194,12 +195,6 @@ def _strip(ax: Any, outcome: Outcome, solver: str, budgets: Sequence[int]) -> No
     for i, nfe in enumerate(rows):
         place = (-1.5, 10 * i + 3.5)
         ax.annotate(str(nfe), place, ha="right", va="center", color=INK, fontsize=9, annotation_clip=False)
-
-
-def _ranked(outcome: Outcome, budget: int) -> list[str]:
-    """Samplers from the best to the worst at a budget: of the flow, or all where none is of the flow."""
-    of = outcome.series(ERROR) if outcome.series(ERROR).rows else outcome.series(DISTANCE)
-    return [r["solver"] for r in sorted((r for r in of.rows if r["budget"] == budget), key=badness)]
 
 
 def _show(ax: Any, picture: Tensor) -> None:

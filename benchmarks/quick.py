@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path as File
 from typing import Any
@@ -28,7 +28,7 @@ from sde.errors import InputError, ToolkitError, nearest
 from solvers import GRIDS, SOLVERS
 
 from . import files, metrics, provenance
-from .endpoints import End, fine
+from .endpoints import fine
 from .lines import Line, Meter, resolve_line
 from .metrics import Block, Metric
 from .problems import Problem, get
@@ -39,7 +39,6 @@ from .sweep import SCHEMA, digest
 SAMPLERS: dict[str, str] = {
     "ddim": "karras",
     "edm_heun": "karras",
-    "edm_rk4": "karras",
     "dpmpp_2m": "log_snr",
     "unipc_3": "log_snr",
     "ddpm": "karras",
@@ -49,6 +48,8 @@ SAMPLERS: dict[str, str] = {
 PROBLEMS = ("mixture", "digits_exact", "digits_network")
 
 SEEDS = 1 << 32
+PROBE = ".writable"
+SHOWN = 36  # samples of a sheet
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,12 @@ class Quick:
     """Built-in problems: any of benchmarks.problems, with a noise where wanted (ring2:vp)."""
     n: int = 4096
     """Samples a run in the plane."""
-    digits: int = 256
+    digits: int = 192
     """Samples a run of digits."""
     blocks: int = 4
     """Disjoint blocks of samples, each with a seed of its own: intervals come from them."""
-    reference: int = 256
-    """Runge-Kutta steps of the exact end points in the plane; digits take a fifth."""
+    reference: int = 48
+    """Runge-Kutta steps of the exact end points; the table says how far those are to be trusted."""
     threads: int = 1
     """Processor threads; one is fastest for networks this small."""
 
@@ -91,20 +92,20 @@ def run(config: Quick) -> int:
 
     began, out = time.perf_counter(), files.folder(config.out)
     screen = Screen(config)
-    screen.hello((out / PAGE).exists())
+    screen.hello(files.exists(out / PAGE))
+    files.write(out / PROBE, "written")  # a folder that cannot be written to is told of now, and not in a minute
+    files.remove(out / PROBE)
     outcomes = []
     for name in config.problems:
         with screen.problem(get(name)) as show:
-            for outcome in measure(config, name, get(name)):
-                show(outcome)
-        outcomes.append(outcome)
+            outcomes.append(measure(config, name, get(name), show))
     rows = [{k: v for k, v in row.items() if k != "cost"} for o in outcomes for row in o.rows]
     images = pictures.all_pictures(outcomes, config.nfe)
     files.write(out / "results.jsonl", b"".join(map(files.seal, rows)))
     files.remove(out / "samples.png")  # an earlier run may have had one where this has none
     for name, image in images.items():
         files.write(out / name, image)
-    files.write(out / PAGE, page(study(outcomes, config, time.perf_counter() - began)))
+    files.write(out / PAGE, page(study(outcomes, config)))
     screen.goodbye(outcomes, [*images, "results.jsonl"], time.perf_counter() - began)
     return 0
 
@@ -125,8 +126,8 @@ def check(config: Quick) -> None:
         raise InputError(f"--nfe {' '.join(map(str, config.nfe))}: give increasing numbers of calls, such as --nfe 4 8 16")
     if config.threads < 1:
         raise InputError(f"--threads {config.threads}: must be >= 1")
-    if config.reference < 10:
-        raise InputError(f"--reference {config.reference}: must be >= 10, for digits take a fifth and halve that")
+    if config.reference < 4:
+        raise InputError(f"--reference {config.reference}: must be >= 4, for half of that says how far to trust it")
     if config.blocks < 3:
         raise InputError(f"--blocks {config.blocks}: a spread wants at least 3 blocks")
     for label in ("n", "digits"):
@@ -148,19 +149,20 @@ def check(config: Quick) -> None:
 # --- measuring ----------------------------------------------------------------------------------------------------------------
 
 
-def measure(config: Quick, name: str, problem: Problem) -> Iterator[Outcome]:
-    """The problem's outcome, handed over again after each run, with its rows."""
+def measure(config: Quick, name: str, problem: Problem, show: Callable[[Outcome], None] = lambda outcome: None) -> Outcome:
+    """Everything on one problem; ``show`` sees it grow, after each run by its rows."""
     bench = Bench(config, name, problem)
     outcome = bench.outcome
-    yield outcome
+    show(outcome)
     for solver in config.solvers:
         line, grid = resolve_line(solver), config.grid or SAMPLERS.get(solver, "log_snr")
         for budget in config.nfe:
             made = bench.sample(line, grid, budget)
             if made.blocks and len(problem.shape) > 1:
-                outcome.kept[solver, budget] = made.blocks[0][:64].float().cpu()
+                outcome.kept[solver, budget] = made.blocks[0][:SHOWN].float().cpu()
             outcome.rows += bench.rows(line, grid, budget, made)
-            yield outcome
+            show(outcome)
+    return outcome
 
 
 @dataclass
@@ -181,20 +183,20 @@ class Bench:
 
     def __init__(self, config: Quick, name: str, problem: Problem) -> None:
         self.config, self.problem = config, problem
-        flat = len(problem.shape) == 1
-        n, steps = (config.n, config.reference) if flat else (config.digits, config.reference // 5)
+        n, steps = config.n if len(problem.shape) == 1 else config.digits, config.reference
         self.device = torch.device(config.device)
-        self.meter = Meter(problem.score(self.device), self.device)
+        # an exact score of many points takes a matrix product where float64 allows it, and differences in float32
+        self.dtype = torch.float64 if problem.network is None else torch.float32
+        self.meter = Meter(problem.score(self.device, self.dtype), self.device)
         self.seeds = [config.seed + b for b in range(config.blocks)]
         self.m = n // config.blocks
-        self.starts = [problem.starts(seed, range(self.m), device=self.device) for seed in self.seeds]
-        ends = fine(self.meter, torch.cat(self.starts), problem.start, problem.stop, steps)
-        self.ends = [End(x, e) for x, e in zip(ends.x.split(self.m), ends.error.split(self.m), strict=True)]
+        self.starts = [problem.starts(seed, range(self.m), dtype=self.dtype, device=self.device) for seed in self.seeds]
+        self.ends = [fine(self.meter, x, problem.start, problem.stop, steps) for x in self.starts]
+        calls = self.meter.nfe // config.blocks - 4 * (steps // 2)  # half the steps only say how far to trust the others
         self.metrics = {text: metrics.metric(text) for text in (ERROR, DISTANCE)}
         exact = self.blocks([end.x for end in self.ends])
         floors = {text: metrics.floor(metric, problem, exact) for text, metric in self.metrics.items()}
         known = {text: floor for text, floor in floors.items() if floor is not None}
-        calls = self.meter.nfe - 4 * (steps // 2)  # half the steps are only there to say how far to trust the others
         distance = metrics.measure(self.metrics[DISTANCE], problem, exact).value
         self.outcome = Outcome(name, problem.title, problem.note, known, (calls, distance))
 
@@ -218,12 +220,11 @@ class Bench:
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
                     out = line.run(self.meter, start, seed=seed, indices=range(self.m), **given)
-                seconds, inside = (
-                    seconds + time.perf_counter() - began,
-                    inside + (self.meter.device_seconds or self.meter.seconds),
-                )
-                made.blocks.append(out.x)
-                hashed.update(out.x.cpu().contiguous().numpy().tobytes())
+                host = out.x.cpu()  # the device is waited for
+                seconds += time.perf_counter() - began
+                inside += self.meter.device_seconds or self.meter.seconds
+                made.blocks.append(host)
+                hashed.update(host.contiguous().numpy().tobytes())
                 notes += [str(w.message) for w in caught]
                 made.nfe, made.net_evals, made.steps = self.meter.nfe, self.meter.net_evals, out.steps
         except ToolkitError as failure:  # this budget does not buy a step, or the run blew up: a row that says so
@@ -260,6 +261,7 @@ class Bench:
             "floor": None if floor is None else floor.to_dict(),
             "within_floor": None if inside is None else bool(inside),
             "n": self.m * len(self.seeds),
+            "asked": self.m * len(self.seeds),
             "seeds": self.seeds,
             "digest": made.digest,
             "budget": budget,
@@ -275,7 +277,7 @@ class Bench:
             "start": problem.start,
             "stop": problem.stop,
             "eta": None,
-            "dtype": "float64",
+            "dtype": str(self.dtype).removeprefix("torch."),
             "device": provenance.device_name(self.device),
             "versions": provenance.versions(),
             "git": provenance.commit(),
@@ -287,7 +289,7 @@ class Bench:
         }
 
 
-def study(outcomes: list[Outcome], config: Quick, seconds: float) -> Any:
+def study(outcomes: list[Outcome], config: Quick) -> Any:
     """What the report is told: the same page as of ``run``'s folders."""
     from .reports import Study
     from .reports.sheets import sheet
@@ -298,7 +300,9 @@ def study(outcomes: list[Outcome], config: Quick, seconds: float) -> Any:
     for o in (o for o in outcomes if o.kept):
         problem, size = get(o.name), len(next(iter(o.kept.values())))
         sheets.append(sheet(problem, o.name, "true draws", None, problem.truth(0, range(size)), size))
-        sheets += [sheet(problem, o.name, solver, budget, x, size) for (solver, budget), x in o.kept.items()]
+        for solver in o.ranked(config.nfe[len(config.nfe) // 2], DISTANCE):
+            runs = [(budget, o.kept[solver, budget]) for budget in config.nfe if (solver, budget) in o.kept]
+            sheets += [sheet(problem, o.name, solver, budget, x, size) for budget, x in runs]
     options = {"n": "samples a run in the plane", "digits": "samples a run of digits", "blocks": "blocks", "seed": "seed"}
     return Study(
         title="Samplers compared",
@@ -307,7 +311,7 @@ def study(outcomes: list[Outcome], config: Quick, seconds: float) -> Any:
         sheets=sheets,
         facts=[*((words, str(getattr(config, k))) for k, words in options.items()), *facts({}, rows)],
         next=NEXT,
-        seconds=seconds,
+        seconds=sum(r["cost"]["seconds"] for r in rows if r["cost"] and r["metric"] == DISTANCE),
     )
 
 

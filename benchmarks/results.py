@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .differences import badness
 from .metrics import Floor
 from .reading import Series, line, series
 
@@ -46,6 +47,10 @@ class Outcome:
         """A sampler's rows that have a value, by their calls."""
         found = self.series(metric)
         return found.of(next((which for which in found.lines if which[0] == solver), (solver, "")))
+
+    def ranked(self, budget: int, metric: str) -> list[str]:
+        """Samplers from the best to the worst at a budget."""
+        return [r["solver"] for r in sorted((r for r in self.series(metric).rows if r["budget"] == budget), key=badness)]
 
     def pace(self, solver: str) -> float | None:
         """Milliseconds a call, over all of a sampler's runs."""

@@ -55,8 +55,10 @@ class Merged:
             tensors = self._note(part, block)
             if tensors is None:
                 return
-            if "x" in tensors:
-                samples.append(tensors.pop("x"))
+            x = tensors.pop("x", None)
+            wanted = self.maker.looked_at() - sum(map(len, samples))
+            if x is not None and wanted > 0:  # a folder may keep more of them than metrics look at
+                samples.append(x[:wanted])
             if tensors:
                 yield tensors
 
@@ -161,6 +163,7 @@ def _row(
         "floor": floor,
         "within_floor": inside,
         "n": n,
+        "asked": sweep.n,
         "seeds": [sweep.seed + b for b in range(sweep.blocks)],
         "digest": common["digest"],
         "budget": common["budget"],

@@ -9,17 +9,20 @@ from __future__ import annotations
 import io
 import os
 import shlex
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sde.errors import InputError, ResultsError, ToolkitError, nearest
+from sde.errors import InputError, ResultsError, RunError, ToolkitError, nearest
 from solvers import GRIDS
 
 from . import files, metrics, provenance
@@ -27,10 +30,9 @@ from .lines import Line, resolve_line
 from .making import Maker
 from .models import Model, load, look
 from .progress import Progress, Screen
-from .stopping import Signals, Stopped
 from .store import PATIENCE as PATIENCE
 from .store import PREVIEW, RESULTS, HeldError, Store
-from .sweep import Item, Measures, Sweep, check, items
+from .sweep import Facts, Item, Measures, Sweep, check, items
 from .sweep import defaults as defaults
 
 
@@ -72,8 +74,6 @@ def run(sweep: Sweep) -> int:
     try:
         with Signals() as signals:
             store = Store(sweep.out, _words(place))
-            if store.others and place.world == 1:
-                out.warn(f"sharing the work with {'; '.join(store.others)}")
             worker = Worker(sweep, place, device, store, lines, chosen, signals, out)
             worker.work()
     except HeldError as error:
@@ -106,15 +106,19 @@ class Worker:
         self.sweep, self.place, self.device, self.store = sweep, place, device, store
         self.signals, self.out = signals, out
         self._loaded: Model | None = None
+        self._facts: dict[str, Facts] = {}
         self.maker = Maker(sweep, store, self.model, lines, chosen, seen=self._preview)
         self._pictured, self._published, self._longest = time.monotonic(), -1e9, 0.0
         self._no_preview = not sweep.preview or place.rank > 0
 
     def model(self, name: str) -> Model:
-        """The model, loaded; one at a time is kept."""
+        """The model, loaded; one at a time is kept. RunError: it is no longer the one that this run began with."""
         if self._loaded is None or self._loaded.facts.name != name:
             self._loaded = None
             self._loaded = load(name, self.sweep, self.device)
+            first = self._facts.setdefault(name, self._loaded.facts)
+            if self._loaded.facts != first:
+                raise RunError(f"--model {name}: its weights or code have changed while the sweep ran: what is made is kept")
         return self._loaded
 
     def work(self) -> None:
@@ -127,15 +131,27 @@ class Worker:
             "device": provenance.device_name(self.device),
         }
         self.store.open(self.sweep, [facts for facts, _ in plans], code, origin)
+        if self.store.others and self.place.world == 1:
+            self.out.warn(f"sharing the work with {'; '.join(self.store.others)}")
         todo = [i for facts, measures in plans for i in items(self.sweep, self.store.config, facts, measures)]
         self.maker.items = {item.path: item for item in todo}
         self._audit(todo)
+        if self.place.rank == 0:
+            self.out.warn(self._begins(todo))
         with self.out.progress(todo, quiet=self.place.rank > 0) as progress:
             self._make_all(todo, progress)
         rows = self.store.publish()
         if self.place.rank == 0:
             self.out.say(f"{rows} row{'s' * (rows != 1)} in {files.show(self.store.out / RESULTS)}")
             self.out.say(f"Next: python -m benchmarks report {quoted(str(self.sweep.out))}")
+
+    def _begins(self, todo: list[Item]) -> str:
+        """What there is to do: said first, since floors may take a while before there is a row."""
+        sweep, parts = self.sweep, [item for item in todo if item.kind == "part"]
+        count = len({item.path.rpartition("/")[0] for item in parts})
+        left = sum(not self.store.has(item) for item in todo)
+        said = f"{count} cell{'s' * (count != 1)} of {sweep.n} samples in {sweep.blocks} blocks: {len(parts)} parts"
+        return f"{said}; {left} of {len(todo)} files to make" if left else f"{said}; all there"
 
     def _measures(self, model: Model) -> Measures:
         """What the metrics ask for on a model."""
@@ -240,6 +256,54 @@ def picture(model: Model, x: Tensor) -> bytes:
     found = io.BytesIO()
     Image.fromarray(model.problem.preview(x)).save(found, "PNG")
     return found.getvalue()
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------------
+
+
+class Stopped(BaseException):
+    """A signal said so. Not an Exception: nothing on the way may take it for a failure and go on."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class Signals:
+    """Inside, Ctrl-C lets the part in hand end, a second one does not, and SIGTERM stops at once. ``check`` is where work can
+    be left. Files appear whole or not at all, so any of them leaves a folder that the same command goes on with.
+    """
+
+    def __enter__(self) -> Signals:
+        self.asked, self._before = 0, {}
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in ((signal.SIGINT, self._interrupt), (signal.SIGTERM, self._terminate)):
+                self._before[number] = signal.signal(number, handler)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        if self.asked:
+            raise Stopped(self.asked)
+
+    def _interrupt(self, *_: object) -> None:
+        if self.asked:
+            raise Stopped(self.asked)
+        self.asked = 130
+        _tell(b"\nfinishing the part in hand; Ctrl-C again throws it away\n")
+
+    def _terminate(self, *_: object) -> None:
+        self.asked = 143  # should a library swallow what is raised here, the next check raises it again
+        raise Stopped(143)
+
+
+def _tell(text: bytes) -> None:
+    """To stderr, from a signal handler, where its buffer may be in use."""
+    with suppress(OSError):
+        os.write(2, text)
 
 
 # --- the command line's part ------------------------------------------------------------------------------------------------

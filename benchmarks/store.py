@@ -18,6 +18,7 @@ file is made twice, with the same bytes.
 from __future__ import annotations
 
 import re
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,8 +34,7 @@ from . import files
 from .claims import Claims
 from .record import SWEEP as SWEEP
 from .record import compare, grown, read_sweep, render, wanted_record
-from .spent import cell_of, costs_of
-from .sweep import ENDING, SCHEMA, Facts, Item, Sweep, digest, settings
+from .sweep import ENDING, LISTS, SCHEMA, Facts, Item, Sweep, digest, settings
 
 KINDS = ("end", "part", "floor", "row")
 FOLDERS = tuple(f"{kind}s" for kind in KINDS)
@@ -46,7 +46,7 @@ RESULTS, COSTS, LOG, PREVIEW, LOCKS, ASIDE = (
     "locks",
     "aside",
 )
-OURS = {SWEEP, RESULTS, COSTS, LOG, PREVIEW, LOCKS, ASIDE, "report.html", *FOLDERS}
+OURS = {SWEEP, RESULTS, COSTS, LOG, PREVIEW, LOCKS, ASIDE, "report.html", "export", *FOLDERS}
 
 #: Seconds to wait for what another process holds, before doing it as well.
 PATIENCE = 60.0
@@ -88,13 +88,8 @@ class Store:
             shown = ", ".join(map(files.show, strange[:3]))
             raise RunError(f"--out {files.show(out)}: holds other files ({shown}) and no results: give an empty folder")
         self.config, self.record = "", dict[str, Any]()
-        self.words = words
+        self.words, self.others = words, list[str]()  # who else is at work here
         self.claims = Claims(out / LOCKS, words)
-        try:
-            self.others = self.claims.others()  # those who share the work
-        except BaseException:
-            self.claims.close()
-            raise
 
     def close(self) -> None:
         self.claims.close()
@@ -102,30 +97,38 @@ class Store:
     # --- the configuration
 
     def open(self, sweep: Sweep, models: Sequence[Facts], code: Mapping[str, str], origin: Mapping[str, Any]) -> None:
-        """Make the folder one of this sweep, or see that it is. ResultsError names what is different."""
+        """Make the folder one of this sweep, or see that it is. ResultsError names what is different; with ``force_new`` it is
+        thrown away, but for what others are at work on. Workers that are started together may all say so: the first one clears.
+        """
         self.config = digest({"schema": SCHEMA, "settings": settings(sweep), "code": code})[:16]
         with self.claim("sweep", PATIENCE):
-            if sweep.force_new:
-                self._clear()
+            self.others = self.claims.at_work()
             found = read_sweep(self.out)
             wanted = wanted_record(sweep, models, code, origin, self.config)
             if found is not None:
-                compare(found, wanted, self.out)
-                wanted = grown(found, wanted)
+                try:
+                    compare(found, wanted, self.out)
+                except ResultsError:
+                    if not sweep.force_new:
+                        raise
+                    self._clear()
+                    found = None
+                else:
+                    wanted = grown(found, wanted)
             if found != wanted:
                 self._write(SWEEP, render(wanted))
             self.record = wanted
+            self.claims.start()
         self._clean(self.out)
         for name in FOLDERS:
             self._clean(files.subfolder(self.out / name))
 
     def _clear(self) -> None:
         """Remove our own files, the configuration first."""
-        others = self.claims.others()
-        if others:
+        if self.others:
             raise HeldError(
-                f"--force-new: {files.show(self.out)} is in use by {'; '.join(others)}: stop it first, or, if it is long gone, "
-                f"remove the folder {LOCKS} in it"
+                f"--force-new: {files.show(self.out)} is in use by {'; '.join(self.others)}: stop it first, or, if it is long "
+                f"gone, remove the folder {LOCKS} in it"
             )
         for name in (SWEEP, RESULTS, COSTS, LOG, PREVIEW):
             files.remove(self.out / name)
@@ -155,7 +158,12 @@ class Store:
         return Held(about, tensors)
 
     def put(self, item: Item, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Write the item's file, unless another worker has. Where rounding is not the same twice, what was built on the first
+        one stays true.
+        """
         path = self.out / item.path
+        if self.has(item):
+            return
         if item.path.count("/") > 1:
             files.subfolder(path.parent)
         if files.is_folder(path):
@@ -252,9 +260,8 @@ class Store:
         """Write ``results.jsonl`` and ``costs.jsonl`` from what there is; the number of rows."""
         with self.claim("results", PATIENCE):
             record = read_sweep(self.out) or {}
-            rows = self._rows(record)
-            new = b"".join(map(files.seal, rows))
-            if new != files.read(self.out / RESULTS):
+            # looked at again after each time it is written: should the claim not hold, an older view must not be the last
+            while (new := b"".join(map(files.seal, rows := self._rows(record)))) != files.read(self.out / RESULTS):
                 self._write(RESULTS, new)
             log, _ = files.unseal_lines(files.read(self.out / LOG) or b"")
             costs = b"".join(map(files.seal, costs_of(log, record, self.config)))
@@ -315,24 +322,61 @@ def read(out: File) -> Results:
     by_cell = {cell_of(cost): cost for cost in costs}
     for row in rows:
         row["cost"] = by_cell.get(cell_of(row))
-    have = {cell_of(row) for row in rows if row["n"] == sweep["n"]}
+    have = {cell_of(row) for row in rows if row.get("asked") == sweep["n"]}
     lists = sweep["lists"]
     wanted = [(m, s, g, b) for m in lists["model"] for s in lists["solver"] for g in lists["grid"] for b in lists["nfe"]]
     return Results(rows, costs, sweep, bad + torn, [cell for cell in wanted if cell not in have])
 
 
-def samples(out: File) -> Iterator[tuple[dict[str, Any], int, int, Tensor]]:
-    """The samples that a folder keeps: (cell, block, index of the first, samples), part by part, in order within a cell."""
-    record = read_sweep(out) or {}
-    for inner in files.names(out / "parts"):
-        for leaf in files.names(out / "parts" / inner) if _CELL.fullmatch(inner) else ():
-            if not _LEAF.fullmatch(leaf):
-                continue
-            try:
-                about, tensors = files.unpack(files.read(out / "parts" / inner / leaf) or b"")
-            except ResultsError:
-                continue
-            item = about["item"]
-            if item["config"] == record.get("config") and "x" in tensors:
-                cell = {"model": item["model"], "solver": item["solver"], "grid": item["grid"], "budget": item["nfe"]}
-                yield cell, item["block"], item["a"], tensors["x"]
+# --- what it cost -------------------------------------------------------------------------------------------------------------
+
+
+def cell_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """(model, solver, grid, budget): what rows and costs are joined by."""
+    values = (row.get(k) for k in ("model", "solver", "grid", "budget"))
+    return tuple(v if isinstance(v, (str, int)) else repr(v) for v in values)  # a stranger's row may hold anything
+
+
+def costs_of(log: Sequence[Mapping[str, Any]], record: Mapping[str, Any], config: str) -> Iterator[dict[str, Any]]:
+    """A line a cell, in order of first parts: medians over its parts, with their quartiles."""
+    cells: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    for entry in log:
+        if entry["event"] == "part" and entry["config"] == config:
+            cells.setdefault(cell_of(entry), {})[entry["path"]] = entry  # one made again counts once
+    lists = record.get("lists", {})
+
+    def rank(cell: tuple[Any, ...]) -> tuple[int, ...]:
+        named = zip(LISTS, cell, strict=True)
+        return tuple(lists.get(k, []).index(v) if v in lists.get(k, []) else -1 for k, v in named)
+
+    for cell in sorted(cells, key=rank):
+        parts = list(cells[cell].values())
+        ran = [p for p in parts if p["calls"]]
+        if not ran:
+            continue
+        samples, seconds = sum(p["samples"] for p in ran), sum(p["seconds"] for p in ran)
+        device = [p["device_seconds"] / p["calls"] for p in ran if p["device_seconds"] is not None]
+        yield {
+            **dict(zip(("model", "solver", "grid", "budget"), cell, strict=True)),
+            "parts": len(ran),
+            "samples": samples,
+            "seconds": seconds,
+            "samples_per_second": samples / seconds if seconds else None,
+            "seconds_per_call": spread([p["seconds"] / p["calls"] for p in ran]),
+            "device_seconds_per_call": spread(device) if device else None,
+            "overhead": spread([p["seconds"] / p["network_seconds"] - 1.0 for p in ran if p["network_seconds"]]),
+            "peak_memory": max(p["peak_memory"] for p in ran),
+            "batch": sorted({p["batch"] for p in ran}),
+            "device": sorted({p["device"] for p in ran}),
+            "workers": len({p["worker"] for p in ran}),
+        }
+
+
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Median and quartiles."""
+    if not values:
+        return None
+    if len(values) == 1:
+        return {"median": values[0], "low": values[0], "high": values[0]}
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}

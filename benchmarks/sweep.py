@@ -96,7 +96,7 @@ class Sweep:
     preview: float = 60.0
     """Write preview.png of the newest samples every so many seconds. 0: never."""
     force_new: bool = False
-    """Throw away what the folder holds of another configuration."""
+    """Throw away what the folder holds, if it is of another configuration."""
 
 
 #: Options that must be those of the folder. ``models``, code and versions are compared beside them.
@@ -179,7 +179,7 @@ def from_toml(path: File) -> Sweep:
     from .models import builtin
 
     for model in given.get("model", ()):
-        if re.match(r"[\w.]+:[A-Za-z_]\w*$", model) and not builtin(model):
+        if ":" in model and not builtin(model):
             raise InputError(
                 f"--config {files.show(path)}: model {model!r} names code, and no file may: leave it out there and write "
                 f"--model {model} on the command line"

@@ -53,19 +53,18 @@ def probe(run, dimension: int, draws: int) -> tuple[Tensor, Tensor, Tensor]:
 class Mixture1D:
     """A 1-D Gaussian mixture, whose probability flow is known: it keeps the quantile, F_t(x_t) = F_s(x_s)."""
 
-    weights = (0.3, 0.45, 0.25)
-    means = (-1.1, 0.2, 1.3)
-    variances = (0.05, 0.2, 0.1)
+    weights = np.array([0.3, 0.45, 0.25])
+    means = np.array([-1.1, 0.2, 1.3])
+    variances = np.array([0.05, 0.2, 0.1])
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        columns = [torch.tensor(v, dtype=torch.float64) for v in (self.weights, self.means, self.variances)]
-        self.w, self.m, self.v = columns
+        self.w, self.m, self.v = (torch.from_numpy(c) for c in (self.weights, self.means, self.variances))
         self.score = GaussianMixture(path, self.w, self.m[:, None], self.v)
 
     def predict(self, x: NDArray[np.float64], k: Knot) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(E[x_0 | x], E[eps | x]) at x (B,), in numpy: the formulas of ``GaussianMixture`` for a few numbers."""
-        w, m, v = (np.array(c) for c in (self.weights, self.means, self.variances))
+        w, m, v = self.weights, self.means, self.variances
         total = k.alpha**2 * v + k.sigma**2
         off = x[:, None] - k.alpha * m
         weight = w / np.sqrt(total) * np.exp(-0.5 * off**2 / total)

@@ -55,6 +55,13 @@ class Exact(Predictor):
         self._cache: dict[Any, Tensor] = {}
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: all but the lock."""
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     @abstractmethod
     def _field(self, kind: str, alpha: Tensor, sigma: Tensor, x: Tensor) -> Field:
         """ "x0", "eps" or "score" at one noise level, (1, 1) float64, or one a sample, (B, 1): a function (B, d) -> (B, d).

@@ -125,6 +125,14 @@ class Score(Predictor):
         self._labels(probe)
         self._scales(probe)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: all but the lock. A copy made inside ``running()`` is not itself inside it."""
+        state = {k: v for k, v in self.__dict__.items() if k != "_lock"}
+        return state | {"_depth": 0, "_flags": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     def __repr__(self) -> str:
         name = type(self.network).__name__ if self._module is self.network else getattr(self.network, "__name__", self.network)
         return f"Score({name}, {self.path}, predicts={self.predicts!r})"

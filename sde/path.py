@@ -130,13 +130,13 @@ class Path(ABC):
         t = _as_float64(times).to("cpu")
         if t.dim() != 1:
             raise InputError(f"times has shape {tuple(t.shape)}: give a 1-D sequence of times")
-        outside = (t < 0.0) | (t > self.T) | t.isnan()
-        if bool(outside.any()):
-            bad = float(t[outside][0])
-            raise InputError(f"time {bad:g} is outside the domain [0, {self.T:g}] of {self}: give times in it")
-        columns = [t, *(fn(t) for fn in (self._alpha, self._sigma, self._lam, self._dalpha, self._dsigma, self._g2))]
+        listed = t.tolist()
+        for v in listed:
+            if not 0.0 <= v <= self.T:
+                raise InputError(f"time {v:g} is outside the domain [0, {self.T:g}] of {self}: give times in it")
+        columns = [fn(t).tolist() for fn in (self._alpha, self._sigma, self._lam, self._dalpha, self._dsigma, self._g2)]
         last = len(t) - 1
-        rows = zip(*(c.tolist() for c in columns), strict=True)
+        rows = zip(listed, *columns, strict=True)
         places = [(i, last) if grid else (-1, -1) for i in range(len(t))]
         knots = [Knot(*row, index=i, count=n) for row, (i, n) in zip(rows, places, strict=True)]
         for k in knots:

@@ -176,12 +176,11 @@ def _start(plan: Plan, gaussian: GaussianData, start: str | tuple[Any, Any]) -> 
 
 
 class _Registers:
-    """const, gain and noise covariance of the live registers, each (d,) a pair of registers."""
+    """(const, gain) of the live registers, (2, d), and their noise covariance, (d,) a pair of registers."""
 
     def __init__(self, d: int) -> None:
         self.zero = np.zeros(d)
-        self.const: dict[int, Array] = {0: self.zero}
-        self.gain: dict[int, Array] = {0: np.ones(d)}
+        self.line: dict[int, Array] = {0: np.stack([np.zeros(d), np.ones(d)])}
         self.noise: dict[int, dict[int, Array]] = {0: {}}
         self.result = 0
 
@@ -189,8 +188,14 @@ class _Registers:
         """out = sum coefficient * register + const + independent noise of variance ``own``; coefficients are scalars or
         (d,).
         """
-        self.const[out] = sum((c * self.const[r] for r, c in terms), self.zero) + const
-        self.gain[out] = sum((c * self.gain[r] for r, c in terms), self.zero)
+        line = np.zeros((2, len(self.zero)))
+        for r, c in terms:
+            line += c * self.line[r]
+        line[0] += const
+        self.line[out] = line
+        if isinstance(own, float) and own == 0.0 and not any(self.noise[r] for r, _ in terms):
+            self.noise[out] = {}  # as everywhere in a plan that draws no noise
+            return
         row: dict[int, Array] = {}
         for r, c in terms:
             for q, covariance in self.noise[r].items():
@@ -206,10 +211,10 @@ class _Registers:
         for q in self.noise.pop(register):
             if q != register:
                 del self.noise[q][register]
-        del self.const[register], self.gain[register]
+        del self.line[register]
 
     def rename(self, old: int, new: int) -> None:
-        self.const[new], self.gain[new] = self.const.pop(old), self.gain.pop(old)
+        self.line[new] = self.line.pop(old)
         row = self.noise.pop(old)
         for q in list(row):
             if q != old:
@@ -221,14 +226,14 @@ class _Registers:
     @property
     def final(self) -> tuple[Array, Array, Array]:
         r = self.result
-        return self.const[r], self.gain[r], self.noise[r].get(r, self.zero)
+        return *self.line[r], self.noise[r].get(r, self.zero)
 
     def difference(self) -> tuple[Array, Array, Array]:
         """const, gain and noise variance of the result minus the reference."""
         r, e = self.result, _REFERENCE
         cross = self.noise[r].get(e, self.zero)
         variance = self.noise[r].get(r, self.zero) + self.noise[e].get(e, self.zero) - 2.0 * cross
-        return self.const[r] - self.const[e], self.gain[r] - self.gain[e], np.maximum(variance, 0.0)
+        return *(self.line[r] - self.line[e]), np.maximum(variance, 0.0)
 
 
 _REFERENCE = -1
@@ -266,7 +271,7 @@ def _propagate(plan: Plan, gaussian: GaussianData, reference: bool = False) -> _
                 if last[n.out] <= i:
                     registers.drop(n.out)
         for r in {row.out, *_reads(row)}:
-            if last[r] <= i and r not in keep and r in registers.const:
+            if last[r] <= i and r not in keep and r in registers.line:
                 registers.drop(r)
     return registers
 
@@ -279,7 +284,9 @@ def _reads(row: PlanRow) -> tuple[int, ...]:
 
 def _slope(k: Knot, eigenvalues: Array, target: str) -> Array:
     total = k.alpha**2 * eigenvalues + k.sigma**2
-    top = k.alpha * eigenvalues if target == "x0" else np.full_like(eigenvalues, k.sigma)
+    top = k.alpha * eigenvalues if target == "x0" else k.sigma
+    if k.sigma > 0.0:
+        return top / total
     return np.divide(top, total, out=np.zeros_like(total), where=total > 0)
 
 

@@ -18,6 +18,7 @@ infinite; the polynomial is then a constant). eta is constant over a step, taken
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -40,10 +41,14 @@ BASES = {
 }
 
 
+_FACTORIALS = [float(math.factorial(i)) for i in range(50)]
+
+
+@lru_cache(maxsize=4096)
 def phi(k: int, z: float) -> float:
     """phi_k(z) = (phi_{k-1}(z) - 1/(k-1)!) / z, phi_0 = exp; by its series where the recursion would cancel."""
     if abs(z) < 2.0:
-        return math.fsum(z**i / math.factorial(i + k) for i in range(30))
+        return math.fsum([z**i / _FACTORIALS[i + k] for i in range(30)])
     value = math.exp(z)
     for i in range(1, k + 1):
         value = (value - 1.0 / math.factorial(i - 1)) / z

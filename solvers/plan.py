@@ -40,8 +40,10 @@ class Form:
         if isinstance(other, Form):
             terms = dict(self.terms)
             for r, c in other.terms.items():
-                terms[r] = terms.get(r, 0.0) + c
-            return Form(terms)
+                terms[r] = total = terms.get(r, 0.0) + c
+                if total == 0.0:
+                    del terms[r]
+            return _form(terms)
         if isinstance(other, (int, float)) and other == 0:
             return self
         return NotImplemented
@@ -50,7 +52,7 @@ class Form:
 
     def __mul__(self, factor: float) -> Form:
         factor = float(factor)
-        return Form({r: c * factor for r, c in self.terms.items()})
+        return _form({r: p for r, c in self.terms.items() if (p := c * factor) != 0.0})
 
     __rmul__ = __mul__
 
@@ -65,6 +67,13 @@ class Form:
 
     def __rsub__(self, other: Any) -> Form:
         return (-self) + other
+
+
+def _form(terms: dict[int, float]) -> Form:
+    """The form of these terms, none of them 0: a trace makes millions."""
+    form = object.__new__(Form)
+    form.terms = terms
+    return form
 
 
 class Call(NamedTuple):
@@ -101,9 +110,9 @@ class _Symbolic(Prediction):
     def __init__(self, tracer: _Tracer, state: int, knot: Knot) -> None:
         self._tracer, self._state, self._knot = tracer, state, knot
         self._at = tracer.reserve_call()
-        self._target, self._out = "", Form({})
+        self._target, self._out = "", -1
 
-    def _fix(self, target: str) -> Form:
+    def _fix(self, target: str) -> int:
         if not self._target:
             self._target = target
             self._out = self._tracer.place_call(self._at, self._state, self._knot, target)
@@ -125,7 +134,7 @@ class _Symbolic(Prediction):
         either = "x0" if self._knot.sigma >= self._knot.alpha else "eps"
         out = self._fix("x0" if b == 0.0 else "eps" if a == 0.0 else either)
         u, v = affine((1.0, 0.0) if self._target == "x0" else (0.0, 1.0), self._knot, a, b)  # pyright: ignore[reportArgumentType]
-        return u * Form({self._state: 1.0}) + v * out
+        return Form({self._state: u, out: v})
 
 
 class _Tracer:
@@ -162,11 +171,11 @@ class _Tracer:
         self.rows.append(None)
         return len(self.rows) - 1
 
-    def place_call(self, at: int, state: int, knot: Knot, target: str) -> Form:
+    def place_call(self, at: int, state: int, knot: Knot, target: str) -> int:
         out = self._new()
         self.knots.append(knot)
         self.rows[at] = Call(out, state, len(self.knots) - 1, target)
-        return Form({out: 1.0})
+        return out
 
     def noise(self, s: Knot, t: Knot) -> Form:
         out = self._new()

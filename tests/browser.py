@@ -1,6 +1,7 @@
 """A real browser for tests of pages: Debian's chromium, spoken to by its DevTools protocol over two pipes.
 
-``Browser.open`` loads a file and collects what the page complains of; ``js`` evaluates an expression in it.
+``Browser.open`` loads a file and collects what the page complains of; ``js`` evaluates an expression in it. ``Parsed`` is a
+page as Python's own parser sees it, for machines without a browser.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import shutil
 import signal
 import tempfile
 import time
+from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,21 @@ PATIENCE = 60.0
 def find() -> str | None:
     """The browser of this machine, if it has one."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+class Parsed(HTMLParser):
+    """Tags and attributes of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
 
 
 class Browser:

@@ -628,6 +628,7 @@ INDEFINITE = [[1.0, 2.0], [2.0, 1.0]]
         (lambda: Empirical(VP(), [[math.inf]]), ["data", "inf"]),
         (lambda: Empirical(VP(), torch.tensor([[math.nan]])), ["data", "finite"]),
         (lambda: Gaussian(VP(), [0.0], std=1.0).on("VP"), ["path", "str"]),
+        (lambda: GaussianMixture(VP(), [0.5, 0.5], [[0.0], [1.0]], 0.02), ["covs", "()", "(2,)"]),
         (lambda: Gaussian(VP(), [0.0], std=1.0).sample(-1), ["n=-1"]),
         (lambda: Gaussian(VP(), [0.0], std=1.0).sample(2.0), ["n=2.0"]),
         (lambda: Gaussian(VP(), [0.0], std=1.0).sample(2, 3.0), ["domain"]),

@@ -548,6 +548,7 @@ def main(every: int) -> None:
     sys.stdout.write(f"{len(cases[::every])} cases\n")
 
 
+@pytest.mark.slow
 def test_other_modes_of_the_interpreter():
     """Without asserts and with every warning an error."""
     here = File(__file__).resolve().parent

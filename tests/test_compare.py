@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import statistics
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +17,9 @@ import pytest
 from result_rows import row, written
 
 from benchmarks import __main__ as command
-from benchmarks import compare, metrics, problems
+from benchmarks import compare, differences, metrics, problems
 from benchmarks.compare import compare as compared
+from benchmarks.metrics.levels import t_quantile
 
 Rows = list[dict[str, Any]]
 
@@ -110,6 +112,19 @@ def test_what_is_plain_is_found() -> None:
     assert verdicts([a], [{**b, "seeds": [4, 5, 6, 7]}]) == {"ddim": "same"}
 
 
+def test_an_interval_stands_for_blocks_that_are_not_told() -> None:
+    """Rows of another tool, or of another version, may have no block values: their intervals say the same."""
+    rows = []
+    for seed, value in ((0, 1.0), (4, 1.2)):
+        values = [value + d for d in (-0.1, 0.1, 0.05, -0.05)]
+        reach = t_quantile(0.975, 3) * statistics.stdev(values) / 2.0
+        interval = [value - reach, value + reach]
+        rows.append(row(value=value, values=values, interval=interval, seeds=[seed + k for k in range(4)]))
+    told, bare = (differences.difference(*pair) for pair in (rows, [{**r, "values": None} for r in rows]))
+    assert bare == pytest.approx(told, rel=1e-12)
+    assert 0.01 < told.p < 0.05
+
+
 def test_few_true_changes_among_many_cells_are_found() -> None:
     """Benjamini and Hochberg: two cells of 12 are worse by much, the others are not touched."""
     a, b = simulated(random.Random(1), True, gauss)
@@ -127,6 +142,7 @@ def test_few_true_changes_among_many_cells_are_found() -> None:
     ("change", "verdict", "why"),
     [
         ({}, "same", "identical"),
+        ({"digest": digest(1)}, "same", "not told apart"),
         ({"value": 0.9, "digest": digest(1)}, "worse", ""),
         ({"value": 0.05, "digest": digest(1)}, "better", ""),
         ({"value": 0.2001, "digest": digest(1)}, "same", "changed by less than 0.1 %"),
@@ -200,9 +216,12 @@ def test_configurations_that_differ() -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = [row("other", b, stop=0.1) for b in (4, 8)]
     evil = row("evil\x1b[2J", note="\u202e")
     before = [row("ddim", b) for b in (4, 8)] + [row("heun"), row("gone", 4), row("gone", 8), row("lost", value=0.1), evil]
+    before += [{**r, "stop": 0.2} for r in other]
     after = [row("ddim", 4), row("ddim", 8, 0.5), row("heun", value=0.1), row("lost", value=None, note="it blew up"), evil]
+    after += other
     a, b = written(tmp_path / "a", before, b"torn"), written(tmp_path / "b", [{**r, "seeds": [9, 8, 7, 6]} for r in after])
     assert command.main(["compare", str(a), str(b)]) == 1
     said = capsys.readouterr().out
@@ -213,8 +232,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert lines[at + 2].startswith("ring2 sliced_w2 ddim karras NFE 8 0.200 -> 0.500 +150 % p ")
     assert lines[lines.index("better in B: 1") + 1].startswith("ring2 sliced_w2 heun karras NFE 8 0.200 -> 0.100 -50 % p ")
     assert lines[lines.index("missing in B:") + 1] == "ring2 sliced_w2 gone karras NFE 4 8"
+    assert lines[lines.index("incomparable:") + 1] == "ring2 sliced_w2 other karras NFE 4 8 stop 0.2 -> 0.1"
     assert "1 lines are damaged and left out" in said
-    assert lines[-1] == "B against A: 2 worse, 2 missing; 5 cells compared."
+    assert lines[-1] == "B against A: 2 worse, 2 missing, 2 incomparable; 5 cells compared."
     assert not any(c in said for c in "\x1b\u202e")
     assert command.main(["compare", str(a / "results.jsonl"), str(a)]) == 0
     assert "nothing is worse" in capsys.readouterr().out

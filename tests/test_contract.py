@@ -149,7 +149,7 @@ def test_calls_are_counted_at_the_network_and_never_exceed_the_budget(name):
 
 @pytest.mark.parametrize("name", [n for n in EVERY if n not in ADAPTIVE])
 def test_calls_are_counted_at_the_network_for_given_steps(name):
-    for steps, stop in [(steps, stop) for steps in (1, 2, 3, 5, 20) for stop in (None, 0.0)]:  # at 0 last steps are shorter
+    for steps, stop in [(steps, stop) for steps in (1, 2, 3, 6) for stop in (None, 0.0)]:  # at 0 last steps are shorter
         score, spy = spied(home(name))
         try:
             out = sample(score, (2, 3), solver=name, steps=steps, seed=1, stop=stop)
@@ -164,13 +164,13 @@ def test_calls_are_counted_at_the_network_for_given_steps(name):
 
 
 @pytest.mark.parametrize("name", LINEAR)
-@pytest.mark.parametrize("grid", ["log_snr", "uniform"])
+@pytest.mark.parametrize("grid", ["uniform"])
 def test_the_network_sees_the_times_of_the_table_in_order(name, grid):
     for label in ("vp", "edm", "linear"):
         if name == "ddpm_discrete" and label != "vp":
             continue
         path = PATHS[label]
-        times = GRIDS[grid](path, 20, 0.9 * path.T)
+        times = GRIDS[grid](path, 9, 0.9 * path.T)
         plan = trace(name, path, times)
         score, spy = spied(path)
         out = plan.run(score, torch.ones(2, 3, dtype=torch.float64))
@@ -204,7 +204,7 @@ def test_grids_have_exact_ends_and_decrease_strictly(grid, label):
     path = PATHS[label]
     starts = [None, 0.7 * path.T] if float(path.alpha(path.T)) == 0.0 else [None, path.T, 0.7 * path.T]
     assert trace("ddim", path, GRIDS[grid](path, 7)).times == tuple(GRIDS[grid](path, 7).tolist())
-    for n in [*(range(1, 65) if label == "vp" else (1, 2, 3, 10, 33)), 100, 333, 1000]:
+    for n in [*(range(1, 21) if label == "vp" else (1, 2, 3, 10, 33)), 64, 333, 1000]:
         for start in starts if n in (1, 2, 10, 333) else starts[:1]:
             for stop in [None, path.t_min, 0.01 * path.T] if n in (1, 2, 10, 333) else [None]:
                 times = GRIDS[grid](path, n, start, stop)
@@ -229,30 +229,22 @@ def test_both_ends_of_every_path_are_reached_or_refused(name, label):
     score = Gaussian(path, torch.full((2,), 0.3, dtype=torch.float64), std=0.5)
     x = torch.ones(3, 2, dtype=torch.float64)
     reached, refusals = 0, []
-    for grid, sizes in (("uniform", (1, 5)), ("log_snr", (5,))):
-        for start, stop in ((path.T, None), (None, 0.0), (path.T, 0.0))[1 if grid == "log_snr" else 0 :]:
-            for n in sizes[-1:] if name in ADAPTIVE else sizes:
-                try:
-                    out = sample(
-                        score,
-                        x=x,
-                        solver=name,
-                        grid=grid,
-                        start=start,
-                        stop=stop,
-                        **({"nfe": 30} if name in ADAPTIVE else {"steps": n}),
-                    )
-                except InputError as error:  # PathError is one
-                    refusals.append(str(error))
-                    continue
-                except StepLimitError:
-                    assert name in ADAPTIVE
-                    reached += 1
-                    continue
-                assert out.x.isfinite().all()
-                assert start is None or float(out.times[0]) == start
-                assert stop is None or float(out.times[-1]) == stop
-                reached += 1
+    ends = [("uniform", path.T, None, 5), ("uniform", None, 0.0, 1), ("uniform", path.T, 0.0, 5), ("log_snr", path.T, 0.0, 4)]
+    for grid, start, stop, n in ends:
+        size = {"nfe": 30} if name in ADAPTIVE else {"steps": n}
+        try:
+            out = sample(score, x=x, solver=name, grid=grid, start=start, stop=stop, **size)
+        except InputError as error:  # PathError is one
+            refusals.append(str(error))
+            continue
+        except StepLimitError:
+            assert name in ADAPTIVE
+            reached += 1
+            continue
+        assert out.x.isfinite().all()
+        assert start is None or float(out.times[0]) == start
+        assert stop is None or float(out.times[-1]) == stop
+        reached += 1
     for text in refusals:
         assert len(text) < 400
         assert any(word in text for word in ("start", "stop", "use ", "give ", "more steps")), text
@@ -270,7 +262,7 @@ def run_rows(name: str, indices: list[int], shape: tuple[int, ...], dtype: torch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 @pytest.mark.parametrize("name", FIXED)
 def test_a_sample_does_not_depend_on_its_batch(name, dtype):
-    for shape in ((2,), (3,), (3, 4, 4), (17,)):
+    for shape in ((2,), (3,), (3, 4, 4), (17,))[:: 1 if dtype == torch.float32 else 3]:
         whole = run_rows(name, list(range(64)), shape, dtype)
         assert equal(run_rows(name, list(range(7)), shape, dtype), whole[:7])
         for i in (0, 1, 5, 63):
@@ -504,12 +496,12 @@ def test_global_modes_of_torch_do_not_matter(name):
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("label", ["vp", "edm", "linear"])
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [(n, "vp") for n in LINEAR] + [(n, ("edm", "linear")[i % 2]) for i, n in enumerate(LINEAR) if n != "ddpm_discrete"],
+)
 def test_what_the_network_predicts_does_not_matter(name, label):
     path = home(name) if label == "vp" else PATHS[label]
-    if label != "vp" and name == "ddpm_discrete":
-        pytest.skip("for variance-preserving paths only")
     gaussian = Gaussian(path, torch.tensor([0.4, -0.2, 0.1], dtype=torch.float64), std=0.6)
     times = GRIDS["log_snr"](path, 5, 0.98 * path.T, 0.01 * path.T)
     x = White(1).initial((4, 3), torch.float64) * path.prior_std()
@@ -523,7 +515,7 @@ def test_what_the_network_predicts_does_not_matter(name, label):
 @pytest.mark.parametrize("name", LINEAR)
 def test_the_table_equals_the_march_and_survives_json(name):
     path = home(name)
-    times = GRIDS["uniform"](path, 25)
+    times = GRIDS["uniform"](path, 12)
     x = White(1).initial((4, 3), torch.float64)
     for score in (plain(home(name)), Score(elementwise, path, "eps"), Score(elementwise, path, "v")):
         march = integrate(name, score, x, times, seed=6, traced=False, trajectory=True)

@@ -1,7 +1,35 @@
 """Kills and failing disks: after any of them the same command gives the same bytes, or one clear error and nothing damaged.
 
 Runs are forked from this process, so torch is imported once. Kills come at random moments; every call into the operating
-system fails once, in each way that it can.
+system fails once, in each way that it can. Where each fault of a sweep is tried (names without a file: here):
+
+    F1       SIGKILL at a random moment            test_kills_at_random_moments, test_kills_of_workers_that_share
+    F2-F7    kill, ENOSPC, EIO, EINTR, EDQUOT,     test_every_call_fails_once, test_every_call_is_interrupted,
+             EROFS at the n-th call, every n       test_a_full_disk_is_one_line
+    F8       short write, fsync fails, EXDEV,      test_every_call_fails_once; test_store: a_folder_without_permission
+             permission denied
+    F9       truncated, bits flipped               test_store: truncation_at_every_byte, every_bit_flip_in_lines,
+                                                   every_damage_of_a_sealed_file
+    F10      torn line, U+0085, NUL, long line     test_store: lines_end_at_line_feeds_only, appending_after_a_torn_line,
+                                                   foreign_lines_are_damaged_lines
+    F11      two processes, one folder             test_run: workers_share; test_store: force_new_harms_nobody_at_work
+    F12      stale lock, other host                test_store: a_name_ends_with_its_process, without_flock_names_beat
+    F13      a worker lost, or hanging             test_run: two_workers_of_a_gloo_group, torchrun_itself (slow),
+                                                   a_worker_that_hangs_is_not_waited_for
+    F14      another configuration, weights, n     test_store: another_configuration_is_refused_and_named; test_run:
+                                                   other_weights_are_refused, more_samples_are_those_of_a_run
+    F15      another batch or number of workers    test_run: batches, workers_share, parts_in_any_order
+    F16      Ctrl-C once, twice, SIGTERM           test_run: stopping_leaves_what_is_made_and_says_how_to_go_on
+    F17      memory of the device runs out         test_run: memory_that_runs_out_halves_the_batch
+    F18      NaN in sample i                       test_run: numbers_that_are_not_finite_stop_the_run_and_say_where
+    F19      the clock jumps, the folder is gone   test_run: a_folder_that_is_gone; test_the_clock_may_jump
+    F20      quota reached while a report is made  files.write, tried here at every call, is how reports are written
+    F21      weights replaced while it runs        test_run: weights_that_change_while_the_sweep_runs, other_weights
+    F22      10,000 parts, an empty one, a         test_store: ten_thousand_parts, the_audit_lists_what_is_damaged
+             foreign one, a folder in its place
+    F23      fork or spawn, threads, one core      test_run: an_interpreter_of_its_own, workers_share (threads 1 and 2)
+    F24      stdout closed, no tty, LANG=C, odd    test_run: an_interpreter_of_its_own, a_closed_stdout_ends_no_run;
+             paths                                 test_store: out_may_have_any_name
 """
 
 from __future__ import annotations
@@ -19,7 +47,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from sweeping import SWEEP, cheap, digests, fork, in_memory, quietly
+from sweeping import SWEEP, cheap, digests, ended, fork, in_memory, quietly
 
 from benchmarks import __main__ as command
 from benchmarks import files, store
@@ -50,49 +78,57 @@ def check_costs(out: Path, sweep: Sweep) -> None:
 
 # --- kills --------------------------------------------------------------------------------------------------------------------
 
+SHORT = replace(SWEEP, nfe=(2,))
+
 
 @pytest.fixture(scope="module")
 def undisturbed(memory: Path) -> tuple[dict[str, str], float]:
     """What a run that nobody kills leaves, and the seconds it takes. The first one here, so that children find all imported."""
-    assert quietly(replace(SWEEP, out=memory / "first")) == 0
+    assert quietly(replace(SHORT, out=memory / "first")) == 0
     out, began = memory / "undisturbed", time.monotonic()
-    assert os.waitpid(fork(lambda: quietly(replace(SWEEP, out=out))), 0)[1] == 0
+    assert ended(fork(lambda: quietly(replace(SHORT, out=out)))) == 0
     took = time.monotonic() - began
     assert store.read(out).missing == []
-    check_costs(out, SWEEP)
+    check_costs(out, SHORT)
     return digests(out), took
 
 
 def test_kills_at_random_moments(memory: Path, undisturbed: tuple[dict[str, str], float]) -> None:
-    """At least a hundred: 0 lost, 0 doubled, the same bytes in the same files."""
-    chance, kills, sweeps = random.Random(0), 0, 0
-    wanted, took = undisturbed
+    """At least a hundred: 0 lost, 0 doubled, the same bytes in the same files. ``reach`` follows the load of the machine, so
+    that kills come in the middle of the work.
+    """
+    chance, kills, sweeps, moments = random.Random(0), 0, 0, set[int]()
+    wanted, reach = undisturbed
     while kills < KILLS:
-        out = memory / "killed"
+        out, left = memory / "killed", -1
         while True:
-            pid = fork(lambda out=out: quietly(replace(SWEEP, out=out)))
+            pid = fork(lambda out=out: quietly(replace(SHORT, out=out)))
             if kills < KILLS:
-                time.sleep(chance.uniform(0.0, 0.7 * took))
+                time.sleep(chance.uniform(0.0, reach))
                 os.kill(pid, signal.SIGKILL)
-            status = os.waitpid(pid, 0)[1]
-            if os.WIFSIGNALED(status):
-                kills += 1
-                continue
-            assert status == 0
-            break
+            status = ended(pid)
+            assert status in (0, -signal.SIGKILL)
+            if status == 0:
+                reach *= 0.8
+                break
+            before, left = left, len(list(out.rglob("*.safetensors")))
+            reach *= 1.1 if before == left else 0.95
+            kills += 1
+            moments.add(left)
         assert digests(out) == wanted
-        check_costs(out, SWEEP)
+        check_costs(out, SHORT)
         shutil.rmtree(out)
         sweeps += 1
     assert kills >= KILLS >= 100
-    assert sweeps >= 5
+    assert len(moments) >= 15  # of the 22 files that a run makes, after how many it was killed
+    assert sweeps >= 3
 
 
 def test_kills_of_workers_that_share(memory: Path, undisturbed: tuple[dict[str, str], float]) -> None:
     """Three on one folder; whoever is killed is replaced by another."""
     chance, out, kills = random.Random(1), memory / "shared", 0
     wanted, took = undisturbed
-    workers = [fork(lambda: quietly(replace(SWEEP, out=out, batch=2))) for _ in range(3)]
+    workers = [fork(lambda: quietly(replace(SHORT, out=out, batch=2))) for _ in range(3)]
     while workers:
         time.sleep(chance.uniform(0.0, 0.2 * took))
         done = [pid for pid in workers if os.waitpid(pid, os.WNOHANG)[0]]
@@ -102,10 +138,10 @@ def test_kills_of_workers_that_share(memory: Path, undisturbed: tuple[dict[str, 
             os.kill(victim, signal.SIGKILL)
             os.waitpid(victim, 0)
             workers.remove(victim)
-            workers.append(fork(lambda: quietly(replace(SWEEP, out=out, batch=3))))
+            workers.append(fork(lambda: quietly(replace(SHORT, out=out, batch=3))))
             kills += 1
     assert kills >= 5
-    assert quietly(replace(SWEEP, out=out)) == 0
+    assert quietly(replace(SHORT, out=out)) == 0
     assert digests(out) == wanted
 
 
@@ -113,15 +149,18 @@ def test_kills_of_workers_that_share(memory: Path, undisturbed: tuple[dict[str, 
 
 
 class Fault(NamedTuple):
-    """What goes wrong, and in which calls it can. ``always``: a run recovers from it by itself."""
+    """What goes wrong, and in which calls it can. ``always``: a run recovers from it by itself. ``step``: 1 tries every call;
+    errors that nothing tells from another one, which is tried at every call, are tried at every third.
+    """
 
     act: Callable[[str, Any, tuple[Any, ...]], Any]
     calls: tuple[str, ...]
     always: bool = False
+    step: int = 1
 
 
 class Faulty:
-    """The seam, whose call number ``at``, of those that can fail so, goes wrong."""
+    """The seam, whose call number ``at``, of those that can fail so, goes wrong: once."""
 
     def __init__(self, fault: Fault, at: int) -> None:
         self._fault, self._at, self.count, self.hit = fault, at, 0, ""
@@ -163,11 +202,12 @@ GROWING = ("open", "write", "fsync", "close", "mkdir", "makedirs", "replace")
 FAULTS = {
     "kill": Fault(killed, CHANGING),  # between two changes one moment is as good as another
     "EIO": Fault(raising(errno.EIO), CHANGING + LOOKING),
-    "EINTR": Fault(raising(errno.EINTR), CHANGING + LOOKING, always=True),
     "ENOSPC": Fault(raising(errno.ENOSPC), GROWING),
-    "EDQUOT": Fault(raising(errno.EDQUOT), GROWING),
+    "EDQUOT": Fault(raising(errno.EDQUOT), GROWING, step=3),
     "EROFS": Fault(raising(errno.EROFS), ("open", "mkdir", "makedirs", "replace", "unlink", "rmdir")),
-    "EACCES": Fault(raising(errno.EACCES), ("open", "mkdir", "makedirs", "replace", "unlink", "rmdir", "listdir", "lstat")),
+    "EACCES": Fault(
+        raising(errno.EACCES), ("open", "mkdir", "makedirs", "replace", "unlink", "rmdir", "listdir", "lstat"), step=3
+    ),
     "short write": Fault(short, ("write",), always=True),
     "EXDEV": Fault(raising(errno.EXDEV), ("replace",)),
     "ENOLCK": Fault(raising(errno.ENOLCK), ("flock",)),
@@ -214,8 +254,8 @@ def test_every_call_fails_once(memory: Path, monkeypatch: pytest.MonkeyPatch, ki
     if not reference.exists():
         assert quietly(replace(BRIEF, out=reference)) == 0
     wanted, asked = digests(reference), replace(BRIEF, out=out)
-    recovered = refused = 0
-    for at in range(1, 10_000):
+    tried = recovered = refused = 0
+    for at in range(1, 10_000, fault.step):
         seam = Faulty(fault, at)
         monkeypatch.setattr(files, "system", seam)
         if kind == "kill":
@@ -228,7 +268,7 @@ def test_every_call_fails_once(memory: Path, monkeypatch: pytest.MonkeyPatch, ki
         monkeypatch.setattr(files, "system", files.System())
         if over:
             break
-        recovered, refused = recovered + (not said), refused + bool(said)
+        tried, recovered, refused = tried + 1, recovered + (not said), refused + bool(said)
         if said and kind != "kill":
             assert len(said) < 400
             assert "\n" not in said
@@ -242,9 +282,46 @@ def test_every_call_fails_once(memory: Path, monkeypatch: pytest.MonkeyPatch, ki
         assert digests(out) == wanted, (at, seam.hit)
         check_costs(out, BRIEF)
         shutil.rmtree(out)
-    assert recovered + refused == at - 1
+    assert recovered + refused == tried
     assert at > {"short write": 10, "EXDEV": 5, "ENOLCK": 8}.get(kind, 60)  # every call of a run was tried
     assert (refused == 0) == fault.always or kind == "ENOLCK"
+
+
+class Interrupted:
+    """The seam, each of whose calls is interrupted by a signal before it is made again."""
+
+    def __init__(self) -> None:
+        self.again, self.count = False, 0
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(files.System, name)
+
+        def made(*args: Any) -> Any:
+            self.again, self.count = not self.again, self.count + 1
+            if self.again:
+                raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
+            return real(*args)
+
+        return made
+
+
+def test_every_call_is_interrupted(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, out = memory / "not interrupted", memory / "interrupted"
+    assert quietly(replace(BRIEF, out=reference)) == 0
+    monkeypatch.setattr(files, "system", seam := Interrupted())
+    assert quietly(replace(BRIEF, out=out)) == 0
+    assert digests(out) == digests(reference)
+    assert seam.count > 200
+
+
+def test_the_clock_may_jump(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Back, and far: nothing but what people read has the time of day in it."""
+    reference, out = memory / "on time", memory / "out of time"
+    assert quietly(replace(BRIEF, out=reference)) == 0
+    times = iter(range(10_000, 0, -7))
+    monkeypatch.setattr(time, "time", lambda: float(next(times)))
+    assert quietly(replace(BRIEF, out=out)) == 0
+    assert digests(out) == digests(reference)
 
 
 class Full(files.System):
@@ -266,10 +343,10 @@ def test_a_full_disk_is_one_line(memory: Path, monkeypatch: pytest.MonkeyPatch, 
     words = ["run", "--model", "tiny_models:shrink", "--solver", "ddim", "--nfe", "2", "-n", "6", "--blocks", "3"]
     words += ["--metric", "mean_error", "--out", str(memory / "full")]
     assert command.main(words) == 2
-    said = capfd.readouterr().err
+    begun, said = capfd.readouterr().err.splitlines()
+    assert begun == "1 cell of 6 samples in 3 blocks: 3 parts; 5 of 5 files to make"
     assert said.startswith("benchmarks run: ")
     assert "No space left on device" in said
-    assert said.count("\n") == 1
     assert not list((memory / "full").rglob("*.partial"))
     monkeypatch.setattr(files, "system", files.System())
     assert command.main(words) == 0

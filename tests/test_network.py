@@ -1,7 +1,9 @@
 """A wrapped network: conventions, rows, checks of what comes back, and what is left untouched."""
 
+import copy
 import functools
 import math
+import pickle
 import threading
 import warnings
 from collections import OrderedDict
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 import sde
-from scores import Score
+from scores import Gaussian, Score
 from scores.network import SPLITS
 from sde import EDM, VP, Linear
 from sde.errors import InputError, NetworkError, PathError, PrecisionWarning, TrainModeWarning
@@ -715,3 +717,29 @@ def test_empty_batch():
     score = Score(lambda x, t: x, VP(), "v")
     assert score(F32[:0], 0.5).shape == (0, 2)
     assert call(score, F32[:0]).shape == (0, 2)
+
+
+class Untimed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+
+    def forward(self, x, t):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))], ids=["copied", "pickled"])  # noqa: S301
+def test_scores_can_be_copied_and_pickled(again):
+    """Each copy has a network, a mode and a lock of its own."""
+    network = Untimed().double().train()
+    score = Score(network, VP(), "eps", mode="eval")
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with score.running():
+        expected, other = score(x, 0.5), again(score)
+    assert network.training
+    with other.running():
+        assert torch.equal(other(x, 0.5), expected)
+        assert not other.network.training
+        assert network.training
+    law = Gaussian(VP(), [0.5, -0.5], std=0.3)
+    assert torch.equal(again(law)(x, 0.5), law(x, 0.5))

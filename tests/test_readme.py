@@ -45,7 +45,7 @@ def test_the_page_on_adding_a_sampler_adds_samplers(monkeypatch, capsys):
     finally:
         SOLVERS.clear()
         SOLVERS.update(known)
-    assert capsys.readouterr().out.count("2.0 2.0 ") == 2
+    assert len(re.findall(r"^\w+ 2\.0 (2\.0|2\.01|1\.99) ", capsys.readouterr().out, flags=re.MULTILINE)) == 3
 
 
 def test_the_table_is_the_catalogue():

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import re
-from collections import Counter
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import browser
+import numpy as np
 import pytest
+import torch
+from browser import Parsed
+from PIL import Image
 from result_rows import row, written
+from sweeping import cheap, in_memory, quietly
 
-from benchmarks import differences, reading, reports
-from benchmarks.reports import Report, Sheet, Study, page
+from benchmarks import differences, kept, problems, reading, reports, store
+from benchmarks.reports import Report, Sheet, Study, page, sheets
+from benchmarks.reports.chart import chart
 from benchmarks.reports.page import POLICY, SCRIPT
+from benchmarks.sweep import Sweep
 from sde.errors import ResultsError
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(40)
@@ -24,6 +30,7 @@ HOSTILE = [
     '"><script>alert(1)</script>',
     "</style><svg onload=alert(1)>",
     "\u202etxt.exe\u2066 \x00 \ud800 \u2028",
+    "</script x='",
     "javascript:alert(1) & ' <!--",
 ]
 
@@ -39,26 +46,21 @@ def many(count: int = 200) -> list[dict[str, Any]]:
     return rows[:count]
 
 
-class Parsed(HTMLParser):
-    """Tags and attributes of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: Counter[str] = Counter()
-        self.attributes: list[tuple[str, str, str]] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-
 def hostile_page(name: str) -> str:
     """A page with this name wherever a name can be."""
     one = row(name, model=name, grid=name, metric=name, note=name, unit=name, digest=name)
     sheets = [Sheet(name, name, 8, PNG)]
     return page(Study(name, [one], {name: (name, name)}, sheets, [(name, name)], [name], [name], 1.0))
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[browser.Browser]:
+    path = browser.find()
+    if path is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    found = browser.Browser(path)
+    yield found
+    found.close()
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -70,7 +72,7 @@ def test_hostile_names_stay_text(name: str) -> None:
     assert [(t, n) for t, n, _ in found.attributes] == [(t, n) for t, n, _ in safe.attributes]
     assert not any(n.startswith("on") or n == "style" for _, n, _ in found.attributes)
     assert not any(c in text for c in "\u202e\u2066\x00\u2028")
-    assert text.count("</script>") == 2
+    assert text.count("</script") == text.count("</script>") == 2
 
 
 def test_a_page_of_200_rows_is_small_and_asks_for_nothing() -> None:
@@ -96,6 +98,45 @@ def test_winners_and_ties() -> None:
     noisy = [row("a", value=0.10, values=[0.05, 0.15, 0.12, 0.08]), row("b", value=0.11, values=[0.16, 0.06, 0.10, 0.12])]
     (of,) = reading.series(noisy)
     assert reading.words(reading.won(of, 8), called) == "a = b 0.100"
+
+
+def test_who_overspends_does_not_win() -> None:
+    """A sampler that took 10 calls where 8 were allowed is no winner at 8; one that could only spend 7 may be."""
+    rows = [row("a", 10, 0.1, budget=8), row("b", 7, 0.3, budget=8), row("c", 8, 0.5)]
+    (of,) = reading.series(rows)
+    win = reading.won(of, 8)
+    assert win is not None
+    assert (win.best["solver"], win.ran) == ("b", 2)
+    assert reading.won(of, 4) is None
+
+
+def test_scales_and_floors_of_the_chart() -> None:
+    """Distances on a log axis, whatever else on a linear one; a band from the lowest floor to the highest."""
+    rows = [row(nfe=b, value=v) for b, v in ((4, 0.4), (8, 0.2), (16, 0.1))]
+    for change, log in (
+        ({}, True),
+        ({"two_sided": True}, False),
+        ({"lower_is_better": False}, False),
+        ({"metric": "nll"}, False),
+    ):
+        (found,) = chart(Study("", [{**r, **change} for r in rows]))["series"]
+        assert found["log"] == log
+    (found,) = chart(Study("", [{**r, "value": -r["value"]} for r in rows]))["series"]
+    assert not found["log"]
+    levels = [{"mean": m, "sd": 0.01, "low": 0.5 * m, "high": 2.0 * m, "replicates": 9} for m in (0.2, 0.1, 0.3)]
+    (found,) = chart(Study("", [{**r, "floor": f} for r, f in zip(rows, levels, strict=True)]))["series"]
+    assert found["floor"] == {"mean": 0.2, "low": 0.05, "high": 0.6}
+    (found,) = chart(Study("", [{**r, "floor": None} for r in rows]))["series"]
+    assert found["floor"] is None
+
+
+def test_a_line_keeps_its_look_over_the_page() -> None:
+    """A colour a sampler and a dash a grid, the same on every model."""
+    rows = [row(s, model=m, grid=g) for m in ("ring2", "rings") for s in ("a", "b") for g in ("karras", "log_snr")]
+    found = chart(Study("", rows[::-1]))
+    looks = {line["name"]: (line["colour"], line["dash"]) for line in found["lines"]}
+    assert looks == {"b · log_snr": (0, 0), "b · karras": (0, 1), "a · log_snr": (1, 0), "a · karras": (1, 1)}
+    assert [sorted(line["id"] for line in s["lines"]) for s in found["series"]] == [[0, 1, 2, 3]] * 2
 
 
 def test_pairing_sees_what_shared_noise_hides() -> None:
@@ -134,17 +175,74 @@ def test_a_folder_of_rows(tmp_path: Path) -> None:
         reports.run(Report(tmp_path / "none"))
 
 
-# --- a real browser -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[browser.Browser]:
-    path = browser.find()
-    if path is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    found = browser.Browser(path)
-    yield found
-    found.close()
+def sampled() -> Iterator[Path]:
+    """A small sweep that keeps its samples: pictures, points of the plane, and a metric of the flow's samplers only."""
+    with in_memory() as out, cheap():
+        options = {"solver": ("ddim", "ddpm"), "nfe": (2, 4), "grid": ("karras",), "n": 12, "blocks": 3, "keep_samples": True}
+        assert quietly(Sweep(model=("digits_exact", "ring2"), metric=("sliced_w2",), out=out / "run", **options)) == 0
+        yield out / "run"
+
+
+def pixels(png: bytes) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("L"))
+
+
+def test_sheets_show_the_samples_of_the_folder(sampled: Path) -> None:
+    """Of each model true draws, then each sampler's samples, in order; the pictures are those of the samples themselves."""
+    found = reports.gather(sampled).sheets
+    names = [(s.model, s.name, s.nfe) for s in found]
+    for model in ("digits_exact", "ring2"):
+        own = [name[1:] for name in names if name[0] == model]
+        assert own[0] == ("true draws", None)
+        assert sorted(own[1:]) == sorted((solver, nfe) for solver in ("ddim", "ddpm") for nfe in (2, 4))
+    whole = {(k.cell["model"], k.cell["solver"], k.cell["budget"]): k for k in kept.kept(sampled, store.read(sampled).sweep)}
+    for sheet in found:
+        problem = problems.get(sheet.model)
+        x = (
+            problem.truth(0, range(12))
+            if sheet.nfe is None
+            else torch.cat(list(whole[sheet.model, sheet.name, sheet.nfe].read()))
+        )
+        assert np.array_equal(pixels(sheet.png), problem.preview(x))
+        assert sheet.ink == (sheet.model == "ring2")
+    assert len({sheet.png for sheet in found}) == len(found)
+
+
+def test_no_sample_is_shown_twice(tmp_path: Path) -> None:
+    """A sweep that has grown leaves short parts beside full ones."""
+    spans = ["0.000000000-000000002", "0.000000000-000000004", "0.000000002-000000004", "0.000000004-000000008"]
+    for name in [*spans, "1.000000000-000000004", "10.000000000-000000004", "2.000000000-000000004"]:
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    (tmp_path / "0.000000008-000000012.safetensors.partial").write_bytes(b"")
+    found = [path.name.partition(".safetensors")[0] for path in sheets.parts(tmp_path)]
+    assert found == [spans[1], spans[3], "1.000000000-000000004", "2.000000000-000000004", "10.000000000-000000004"]
+
+
+def test_a_page_of_a_sweep(sampled: Path, chromium: browser.Browser) -> None:
+    """The folder of a real run, opened: pictures of whole pixels, the command, no complaint."""
+    assert reports.run(Report(sampled)) == 0
+    text = (sampled / "report.html").read_text(encoding="utf-8")
+    assert "python -m benchmarks run --model digits_exact ring2 --solver ddim ddpm" in text
+    assert "damaged" not in text
+    assert "Not finished" not in text
+    chromium.open(sampled / "report.html")
+    sizes = chromium.js("[...document.images].map((i) => [i.complete, i.naturalWidth, i.width / i.naturalWidth])")
+    assert len(sizes) == 10
+    assert all(done and width > 0 and scale in (2, 4) for done, width, scale in sizes)
+    assert chromium.js("document.querySelectorAll('#chart path.mark').length") == 4
+    assert chromium.complaints == []
+
+
+def test_large_pictures_are_made_smaller_and_the_page_stays_small() -> None:
+    """Samples of 3 x 256 x 256 take a sheet of tiles of 64 pixels; what is beyond the room for pictures is left out."""
+    problem = sheets.problem_of("mine:load", (3, 256, 256))
+    made = sheets.sheet(problem, "mine:load", "ddim", 8, torch.rand(4, 3, 256, 256) * 2.0 - 1.0, 4)
+    assert Image.open(io.BytesIO(made.png)).size == (2 * 65 - 1, 2 * 65 - 1)
+    assert not made.ink
+
+
+# --- a real browser -----------------------------------------------------------------------------------------------------------
 
 
 SHOWN = "[...document.querySelectorAll('#rows tbody tr')].filter((r) => !r.hidden)"
@@ -166,7 +264,16 @@ def test_in_a_browser(chromium: browser.Browser, tmp_path: Path) -> None:
     assert chromium.js(values) == up[::-1]
     chromium.js(SET % ("search", "sampler_3 strong", "input"))
     assert chromium.js(f"{SHOWN}.length") == 10
+    chromium.js(SET % ("search", "", "input"))
+    chromium.js("document.getElementById('only').click()")
+    assert set(chromium.js(f"{SHOWN}.map((r) => r.dataset.metric)")) == {"sliced_w2"}
     chromium.js(SET % ("metric", "strong_error", "change"))
+    assert set(chromium.js(f"{SHOWN}.map((r) => r.dataset.metric)")) == {"strong_error"}
+    assert chromium.js("document.getElementById('count').textContent") == "100 of 200 rows"
+    place = chromium.js("(() => { const b = document.querySelector('#chart path.mark').getBoundingClientRect();"
+                        " return [b.x + b.width / 2, b.y + b.height / 2]; })()")  # fmt: skip
+    chromium.move(*place)
+    assert "sampler_0, NFE 4" in chromium.js("document.getElementById('tip').innerText")
     assert "strong_error" in chromium.js("document.getElementById('chart-title').textContent")
     chromium.js("document.querySelector('#legend button').click()")
     assert chromium.js("document.querySelectorAll('#chart path.mark').length") == 90

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from functools import cache
 
 import mpmath
 import numpy as np
@@ -494,8 +495,16 @@ class _Level:
 # --- ER-SDE -----------------------------------------------------------------------------------------------------------
 
 
-def er_sde_published(steps, sigmas, phi, y):
+@cache
+def er_sde_areas(scale, s, t):
+    """int_t^s dv / phi(v) and int_t^s (v - s) / phi(v) dv."""
+    phi = PHI[scale]
+    return float(mpmath.quad(lambda v: 1.0 / phi(v), [t, s])), float(mpmath.quad(lambda v: (v - s) / phi(v), [t, s]))
+
+
+def er_sde_published(steps, sigmas, scale, y):
     """The released VE loop with its integrals by mpmath in place of sums of 200 points."""
+    phi = lambda v: float(PHI[scale](v))  # noqa: E731
     x0s, slopes = [], []
     for i, (s, t) in enumerate(itertools.pairwise(sigmas)):
         r = phi(t) / phi(s)
@@ -503,10 +512,10 @@ def er_sde_published(steps, sigmas, phi, y):
         new = r * y + (1.0 - r) * x0s[-1]
         if steps >= 2 and i >= 1:
             slopes.append((x0s[-1] - x0s[-2]) / (s - sigmas[i - 1]))
-            area = float(mpmath.quad(lambda v: 1.0 / phi(v), [t, s]))
+            area = er_sde_areas(scale, s, t)[0]
             new = new + (t - s + area * phi(t)) * slopes[-1]
             if steps >= 3 and i >= 2:
-                area = float(mpmath.quad(lambda v: (v - s) / phi(v), [t, s]))  # noqa: B023
+                area = er_sde_areas(scale, s, t)[1]
                 curve = (slopes[-1] - slopes[-2]) / ((s - sigmas[i - 2]) / 2.0)
                 new = new + ((t - s) ** 2 / 2.0 + area * phi(t)) * curve
         variance = t**2 - s**2 * r**2
@@ -530,16 +539,12 @@ PHI = {
 def test_er_sde_is_the_released_formula(steps, scale):
     assert set(PHI) == set(NOISE_SCALES)
     sigmas = [9.0, 5.0, 3.5, 1.0, 0.4, 0.05]
-
-    def phi(v):
-        return float(PHI[scale](v))
-
-    assert close(run(ERSDE(steps, scale, "published"), EDM(), sigmas), er_sde_published(steps, sigmas, phi, START), 1e-8)
+    assert close(run(ERSDE(steps, scale, "published"), EDM(), sigmas), er_sde_published(steps, sigmas, scale, START), 1e-8)
     for path in (VP(), Linear()):
         times = path.time(-torch.tensor(sigmas, dtype=torch.float64).log()).tolist()
         ks = path.knots(times)
         on_path = run(ERSDE(steps, scale, "published"), path, times, x=ks[0].alpha * START) / ks[-1].alpha
-        assert close(on_path, er_sde_published(steps, sigmas, phi, START), 1e-6)
+        assert close(on_path, er_sde_published(steps, sigmas, scale, START), 1e-6)
 
 
 @pytest.mark.parametrize(("scale", "eta"), [("ode", 0.0), ("sde", 1.0), ("sde_2", math.sqrt(0.5)), ("sde_3", math.sqrt(1.5))])

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import claims, files, record, store, sweep
+from benchmarks import claims, files, kept, record, store, sweep
 from benchmarks.claims import Claims
 from benchmarks.store import Store
 from benchmarks.sweep import Cell, Facts, Item, Measures, Sweep
@@ -158,6 +158,23 @@ def test_files_have_the_usual_modes_and_nothing_is_left_beside(tmp_path: Path) -
     assert sorted(os.listdir(tmp_path)) == ["a", "f"]
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its name is, before anything is built on it: what is left of a power cut is the old file or the new one."""
+    made = []
+
+    class Told(files.System):
+        def __getattribute__(self, name: str) -> Any:
+            made.append(name)
+            return getattr(files.System, name)
+
+    monkeypatch.setattr(files, "system", Told())
+    for content in (b"1", lambda path: path.write_bytes(b"1")):
+        made.clear()
+        files.write(tmp_path / "a", content)
+        written = ["open", "write"] if content == b"1" else ["open"]
+        assert made == [*written, "fsync", "close", "replace", "open", "fsync", "close"]
+
+
 def test_writing_follows_no_link_and_takes_no_name_that_exists(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("s")
@@ -221,14 +238,38 @@ def test_a_name_is_held_by_one(tmp_path: Path) -> None:
     assert not b.take("x")
     assert not a.take("x")
     assert b.take("y")
-    assert (a.others(), b.others()) == (["process b"], ["process a"])
+    assert a.alive(b.token)
+    assert (a.at_work(), b.at_work()) == ([], [])
+    b.start()
+    assert (a.at_work(), b.at_work()) == (["process b"], [])
     a.give("x")
     assert b.take("x")
     b.close()
     assert a.take("x")
-    assert a.others() == []
+    assert a.at_work() == []
+    assert not a.alive(b.token)
     a.close()
     assert not (tmp_path / "l").exists()
+
+
+def test_a_name_that_was_removed_while_it_was_opened_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its holder lets go between the opening and the locking: the lock would be on a file that nobody else sees."""
+    a, b, c = (Claims(tmp_path / "l", word) for word in "abc")
+    assert a.take("x")
+
+    class Between(files.System):
+        @staticmethod
+        def flock(descriptor: int) -> None:
+            if "x" in a._open:
+                a.give("x")
+            files.System.flock(descriptor)
+
+    monkeypatch.setattr(files, "system", Between())
+    assert b.take("x")
+    assert (tmp_path / "l" / "x").exists()
+    assert not c.take("x")
+    for one in (a, b, c):
+        one.close()
 
 
 def test_a_name_ends_with_its_process(tmp_path: Path) -> None:
@@ -236,17 +277,18 @@ def test_a_name_ends_with_its_process(tmp_path: Path) -> None:
     pid = os.fork()
     if pid == 0:
         child = Claims(tmp_path / "l", "the child")
+        child.start()
         os.write(write, b"1" if child.take("x") else b"0")
         time.sleep(60)
         os._exit(0)
     assert os.read(read, 1) == b"1"
     mine = Claims(tmp_path / "l", "me")
     assert not mine.take("x")
-    assert mine.others() == ["the child"]
+    assert mine.at_work() == ["the child"]
     os.kill(pid, 9)
     os.waitpid(pid, 0)
     assert mine.take("x")
-    assert mine.others() == []
+    assert mine.at_work() == []
     mine.close()
     assert not (tmp_path / "l").exists()
 
@@ -504,7 +546,7 @@ def filled(out: Path) -> tuple[Store, list[Item]]:
     found = items_of(made)
     for item in found:
         cell = Cell(*(item.about.get(k) for k in Cell._fields))
-        rows = [{**cell._asdict(), "budget": cell.nfe, "n": SMALL.n, "value": 0.5}]
+        rows = [{**cell._asdict(), "budget": cell.nfe, "n": 8, "asked": SMALL.n, "value": 0.5}]
         made.put(item, {"rows": rows} if item.kind == "rows" else {}, {"t": torch.ones(2)})
     return made, found
 
@@ -560,15 +602,31 @@ def test_what_is_removed_is_only_ours(tmp_path: Path) -> None:
     assert found
 
 
-def test_force_new_waits_for_nobody_and_harms_nobody(tmp_path: Path) -> None:
+def without_locks(out: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(out).items() if not name.startswith("locks")}
+
+
+def test_force_new_harms_nobody_at_work(tmp_path: Path) -> None:
+    """Of another configuration the folder is cleared, unless someone is at work on it; of the same one nothing is lost, so that
+    workers that are started together, or again, may all say so.
+    """
     made, found = filled(tmp_path / "o")
-    before = contents(tmp_path / "o")
+    before = without_locks(tmp_path / "o")
     with pytest.raises(store.HeldError, match="in use by me"):
-        opened(tmp_path / "o", replace(SMALL, force_new=True))
-    assert {k: v for k, v in contents(tmp_path / "o").items() if not k.startswith("locks")} == {
-        k: v for k, v in before.items() if not k.startswith("locks")
-    }
+        opened(tmp_path / "o", replace(SMALL, seed=5, force_new=True))
+    same = opened(tmp_path / "o", replace(SMALL, force_new=True))
+    assert same.others == ["me"]
+    same.close()
+    assert without_locks(tmp_path / "o") == before
     made.close()
+    starting = Store(tmp_path / "o", "another worker of the same start")
+    first = opened(tmp_path / "o", replace(SMALL, seed=5, force_new=True))
+    assert set(without_locks(tmp_path / "o")) == {"sweep.json"}
+    first.put(items_of(first, replace(SMALL, seed=5))[0], {}, {})
+    starting.open(replace(SMALL, seed=5, force_new=True), [FACTS], CODE, ORIGIN)
+    assert len(without_locks(tmp_path / "o")) == 2
+    for one in (first, starting):
+        one.close()
     assert found
 
 
@@ -619,10 +677,10 @@ def test_rows_stay_until_the_grown_ones_are_there(tmp_path: Path) -> None:
     made = opened(tmp_path / "o", grown)
     assert made.publish() == 5
     rows = [i for i in items_of(made, grown) if i.kind == "rows"]
-    made.put(rows[2], {"rows": [{"model": "m", "solver": "ddim", "grid": "log_snr", "budget": 4, "n": 48, "value": 1}]}, {})
+    made.put(rows[2], {"rows": [{"model": "m", "solver": "ddim", "grid": "log_snr", "budget": 4, "n": 8, "asked": 48}]}, {})
     made.publish()
     result = store.read(tmp_path / "o")
-    assert sorted(row["n"] for row in result.rows) == [24, 24, 24, 24, 48]
+    assert sorted(row["asked"] for row in result.rows) == [24, 24, 24, 24, 48]
     assert ("m", "ddim", "log_snr", 4) not in result.missing
     assert len(result.missing) == 3
     made.close()
@@ -691,13 +749,97 @@ def test_ten_thousand_parts(tmp_path: Path) -> None:
     made.close()
 
 
+def test_the_first_of_two_files_stays(tmp_path: Path) -> None:
+    """Where rounding is not the same twice, rows may have been made of the first one."""
+    made, found = filled(tmp_path / "o")
+    made.put(found[4], {"again": True}, {"t": torch.zeros(2)})
+    assert made.get(found[4]).tensors["t"].tolist() == [1.0, 1.0]
+    made.close()
+
+
+def test_an_older_view_of_the_rows_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system may lie about locks: then two publish at once, and the one that looked first may write last."""
+    made, found = filled(tmp_path / "o")
+    made.publish()
+    whole = (tmp_path / "o" / "results.jsonl").read_bytes()
+    last = tmp_path / "o" / [item for item in found if item.kind == "rows"][-1].path
+    data = last.read_bytes()
+    last.unlink()
+    real, other = made._rows, iter([data])
+
+    def meanwhile(sweep: Any) -> Any:
+        rows = real(sweep)
+        for other_rows in other:  # once: another worker ends, just after this one has looked
+            last.write_bytes(other_rows)
+            (tmp_path / "o" / "results.jsonl").write_bytes(whole)
+        return rows
+
+    monkeypatch.setattr(made, "_rows", meanwhile)
+    made.publish()
+    assert (tmp_path / "o" / "results.jsonl").read_bytes() == whole
+    made.close()
+
+
+def keeping(out: Path, n: int) -> tuple[Store, list[Item]]:
+    """A folder of n samples a cell, sample i of block b being [10 b + i, -i]."""
+    asked = replace(SMALL, n=n, part=4, keep_samples=True)
+    made = opened(out, asked)
+    found = [i for i in items_of(made, asked) if i.kind == "part" and not made.has(i)]
+    for item in found:
+        i = torch.arange(item.about["a"], item.about["b"], dtype=torch.float64)
+        made.put(item, {}, {"x": torch.stack([10.0 * item.about["block"] + i, -i], 1)})
+    made.close()
+    return made, found
+
+
+def test_kept_samples_are_each_there_once_however_the_folder_grew(tmp_path: Path) -> None:
+    for n in (18, 21, 30):  # blocks of 6, 7 and 10: the last parts are [4, 6), [4, 7), [4, 8) and [8, 10)
+        keeping(tmp_path / "o", n)
+        sweep_ = record.read_sweep(tmp_path / "o")
+        assert sweep_ is not None
+        cells = list(kept.kept(tmp_path / "o", sweep_))
+        assert [(c.cell["solver"], c.cell["budget"]) for c in cells] == [("ddim", 2), ("ddim", 4), ("ddpm", 2), ("ddpm", 4)]
+        for cell in cells:
+            assert (cell.n, cell.seeds) == (n, [0, 1, 2])
+            x = torch.cat(list(cell.read()))
+            assert x.tolist() == [[10.0 * b + i, -i] for b in range(3) for i in range(n // 3)]
+
+
+def test_samples_that_are_not_those_are_refused(tmp_path: Path) -> None:
+    made, found = keeping(tmp_path / "o", 18)
+    sweep_ = record.read_sweep(tmp_path / "o")
+    assert sweep_ is not None
+    of = lambda cell: (cell["solver"], cell["budget"]) == ("ddim", 2)  # noqa: E731
+    (cell,) = kept.kept(tmp_path / "o", sweep_, of)
+    first, second = (tmp_path / "o" / item.path for item in found[:2])
+    whole = second.read_bytes()
+    for damage, words in (
+        (first.read_bytes(), "something else"),
+        (whole[:-3], "is damaged"),
+        (None, "no part from sample 4 on"),
+    ):
+        second.write_bytes(damage) if damage is not None else second.unlink()
+        with pytest.raises((InputError, ResultsError), match=words):
+            list(next(kept.kept(tmp_path / "o", sweep_, of)).read())
+    second.write_bytes(files.pack({"item": found[1].about}, {"x": torch.full((2, 2), torch.nan)}))
+    with pytest.raises(InputError, match="2 of its samples are not finite"):
+        list(cell.read())
+    assert len(torch.cat(list(cell.read(finite=False)))) == 18
+    other = {**sweep_, "models": {"m": {"digest": "of other weights", "shape": [2]}}}
+    assert list(kept.kept(tmp_path / "o", other)) == []
+    assert list(kept.kept(tmp_path / "o", {**sweep_, "config": "another"})) == []
+    with pytest.raises(InputError, match="run the sweep with --keep-samples"):
+        next(kept.kept(tmp_path / "o", {**sweep_, "settings": {**sweep_["settings"], "keep_samples": False}}))
+    assert made
+
+
 def test_reading_results_needs_no_torch_run(tmp_path: Path) -> None:
     """A reader sees what there is while others write, and writes nothing itself."""
     made, _ = filled(tmp_path / "o")
     made.publish()
     before = contents(tmp_path / "o")
     assert len(store.read(tmp_path / "o").rows) == 5
-    assert list(store.samples(tmp_path / "o")) == []
+    assert record.read_sweep(tmp_path / "o") == store.read(tmp_path / "o").sweep
     assert contents(tmp_path / "o") == before
     made.close()
 
@@ -708,7 +850,7 @@ def test_the_seam_is_the_only_way_to_the_disk() -> None:
 
     here = Path(files.__file__).parent
     around = []
-    for name in ("files", "claims", "record", "store", "spent", "making", "rows", "run", "progress", "stopping"):
+    for name in ("files", "claims", "record", "store", "kept", "making", "rows", "run", "progress"):
         for node in ast.walk(ast.parse((here / f"{name}.py").read_text())):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
@@ -721,7 +863,7 @@ def test_the_seam_is_the_only_way_to_the_disk() -> None:
     allowed = {
         ("claims", "os.lseek"),  # beats, in their thread
         ("claims", "os.write"),
-        ("stopping", "os.write"),  # to stderr, from a signal handler
+        ("run", "os.write"),  # to stderr, from a signal handler
         ("progress", "os.open"),  # a closed stdout's stand-in
         ("progress", "os.dup2"),
         ("progress", "os.close"),

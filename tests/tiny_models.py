@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import torch
 import torch.distributed
@@ -66,14 +67,15 @@ def wide() -> Problem:
 
 
 class Killed(Shrink):
-    """Rank 1 kills its process, once, in the middle of its second part."""
+    """Slow, so that each worker has a part; rank 1 kills its process, once, in the middle of its first."""
 
     calls = 0
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         Killed.calls += 1
+        time.sleep(0.05 if "RANK" in os.environ else 0.0)
         path = os.environ.get("KILL_ONCE", "")
-        if path and os.environ["RANK"] == "1" and Killed.calls == 5 and not os.path.exists(path):
+        if path and os.environ["RANK"] == "1" and Killed.calls == 2 and not os.path.exists(path):
             words = f"{os.environ['RANK']} {torch.distributed.get_world_size()} {torch.distributed.get_backend()}"
             with open(path, "w", encoding="ascii") as file:
                 file.write(words)
@@ -82,9 +84,10 @@ class Killed(Shrink):
 
 
 def grouped() -> tuple[Score, Tensor]:
-    """As a model does that talks to its copies: under torchrun a member of a gloo group, in which all have met."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
+    """As a model does that talks to its copies: a member of a gloo group, in which all have met."""
+    if "RANK" in os.environ and not torch.distributed.is_initialized():
+        here = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        torch.distributed.init_process_group("gloo", init_method=os.environ.get("GROUP", "env://"), **here)
         torch.distributed.barrier()
     return Score(Killed(), EDM()), data()
 

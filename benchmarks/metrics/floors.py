@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -27,30 +27,33 @@ from ..problems import PERFECT, Problem
 from .base import Block, Measured, Metric, check_blocks, summarise
 from .levels import Floor, floor_of
 from .likelihood import no_density
-from .statistics import merge
+from .statistics import Summary, merge
 
 REPLICATES = 32
 SEEDS = 1 << 62  # replicate r has the seed SEEDS + r: beyond those of any run
-CHUNK = 1 << 12  # samples at a time; a fixed number, so that floors are the same everywhere
+CHUNK = 1 << 18  # numbers at a time, of whole samples, at most 4096 of them; fixed, so that floors are the same everywhere
 VERSION = 1
 
 
 def perfect(metrics: Sequence[Metric], problem: Problem, seed: int, m: int, worse: float = 0.0) -> Block:
     """A block of m samples of a perfect sampler (or one that is ``worse``), for these metrics."""
     keep = max((min(m, q.limit) for q in metrics if q.needs == "samples"), default=0)
-    kept: list[Tensor] = []
-    summaries = []
     wanted = any(q.statistic is not None for q in metrics)
-    for low in range(0, m if wanted else keep, CHUNK):
-        indices = range(low, min(m, low + CHUNK))
-        x = problem.truth(seed, indices, PERFECT)
-        if worse:
-            x = spoil(problem, x, worse, metrics[0].sees)
-        if low < keep:
-            kept.append(x[: keep - low])
-        if wanted:
-            summaries.append(summarise(metrics, problem, x, None, indices))
-    return Block(m, seed, merge(summaries) if summaries else {}, torch.cat(kept) if kept else None)
+    step = max(1, min(4096, CHUNK // problem.dim))
+    kept: list[Tensor] = []
+
+    def summaries() -> Iterator[Summary]:  # merged as they come: memory does not grow with m
+        for low in range(0, m if wanted else keep, step):
+            indices = range(low, min(m, low + step))
+            x = problem.truth(seed, indices, PERFECT)
+            if worse:
+                x = spoil(problem, x, worse, metrics[0].sees)
+            if low < keep:
+                kept.append(x[: keep - low])
+            yield summarise(metrics, problem, x, None, indices) if wanted else {}
+
+    summary = merge(summaries()) if wanted or keep else {}
+    return Block(m, seed, summary, torch.cat(kept) if kept else None)
 
 
 def spoil(problem: Problem, x: Tensor, worse: float, what: str = "spread") -> Tensor:

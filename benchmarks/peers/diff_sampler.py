@@ -1,8 +1,9 @@
 """diff-sampler's repository (zju-pi/diff-sampler): ``solvers.py`` and ``solver_utils.py`` of its diff-solvers-main.
 
 The first of the two has the name of a package of this project, so it is found beside the second, which is to be importable.
-EDM's coordinates, any levels. Its dpm_pp and unipc clip predictions to a quantile, whatever the data: here only with
-threshold=true. (Its ipndm and ipndm_v of order 1 raise IndexError, and are left out.)
+Run from this project's folder with ``python -m``: then the other one does not hide ours. EDM's coordinates, any levels. Its
+dpm_pp and unipc clip predictions to a quantile, whatever the data: here only with threshold=true. (Its ipndm and ipndm_v of
+order 1 raise IndexError, and are left out.)
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ def exact_w2(line: PeerLine, problem: Problem, nfe: int, grid: str) -> tuple[flo
             made = line.run(meter, x, indices=range(count), **given)
         return made.x, len(seen.drawn)
 
+    line.steps(problem.path, start, stop, nfe, grid)  # found now: its trial runs draw normals as well
     normals = rows(2)[1]
     x, again = rows(2 + normals)
     if again != normals or bool(normals) != line.sampler.noisy(line.options):

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ class PeerLine:
         """Samples from the start noise x by the library's own loop, with at most ``nfe`` calls of the network."""
         path = score.path
         ends = path.knot(path.T if start is None else start), path.knot(path.t_min if stop is None else stop)
-        self._check(grid, eta)
+        self.check(grid, eta)
         n = nfe if self.sampler.adaptive else self.steps(path, *ends, nfe, grid, eta)
         network = Wrapped(score, x.dtype, x.shape, nfe)
         with torch.no_grad(), running(score):
@@ -136,7 +136,8 @@ class PeerLine:
         looser = "allow more, or a looser tolerance such as rtol=1e-2,atol=1e-2"
         return f"{self.name} wants {said}: " + (looser if self.sampler.adaptive else f"{n} of its steps cost more than counted")
 
-    def _check(self, grid: str, eta: float | None) -> None:
+    def check(self, grid: str, eta: float | None) -> None:
+        """InputError: a grid that the sampler does not have, or a noise level that it does not take."""
         known = self.sampler.grids
         if grid not in (GRIDS if known is None else known):
             hint = nearest(grid, GRIDS) if known is None else f"it runs on {', '.join(known)}"
@@ -147,51 +148,53 @@ class PeerLine:
     # --- steps for a budget
 
     def steps(self, path: Path, start: Knot, stop: Knot, nfe: int, grid: str, eta: float | None = None) -> int:
-        """The most steps whose calls fit the budget, found by counting them."""
+        """The most steps whose calls fit the budget, found by counting. InputError: one step costs more, the library cannot
+        run this many, or gives NaN; fewer steps than the budget buys would be another sampler than the one asked for.
+        """
+        if nfe < 1:
+            raise InputError(f"nfe={nfe}: {self.name} needs at least 1 network call")
         key = path, start.t, stop.t, nfe, grid, eta
         if key not in self._steps:
-            self._steps[key] = self._most(lambda n: self.calls(path, start, stop, n, grid, eta), nfe)
+            trial = cache(lambda n: self.trial(path, start, stop, n, grid, eta))
+            n = self._most(lambda n: trial(n)[0], nfe)
+            if not trial(n)[1]:
+                raise InputError(f"{self.name} gives NaN or infinity with {n} steps on {grid}, whatever the network")
+            self._steps[key] = n
         return self._steps[key]
 
     def _most(self, calls: Callable[[int], int], nfe: int) -> int:
-        if nfe < 1:
-            raise InputError(f"nfe={nfe}: {self.name} needs at least 1 network call")
+        """The largest n with calls(n) <= nfe, which grows with n: down in proportion from n = nfe, then up one by one. Counts
+        that raise are passed over, unless what is left would not spend the budget.
+        """
         n, refused = nfe, None
         while True:
             try:
                 cost = calls(n)
-            except InputError as error:
-                cost, refused = None, refused or error
-            if cost is not None and cost <= nfe:
-                break
-            if n == 1:
-                least = f"a run takes at least {cost} network calls" if cost is not None else str(refused)
-                raise InputError(f"nfe={nfe}: {self.name}: {least}")
-            n = n - 1 if cost is None else max(1, min(n - 1, n * nfe // cost))
-            if refused is not None and n < nfe - 3:
-                raise refused
-        while n < nfe:
-            try:
-                if calls(n + 1) > nfe:
+                if cost <= nfe:
                     break
-            except InputError:
-                break
-            n += 1
+                said, lower = f"a run takes at least {cost} network calls", n * nfe // cost
+            except InputError as error:
+                refused = refused or error
+                said, lower = str(refused), n - 1
+            if n == 1:
+                raise InputError(f"nfe={nfe}: {self.name}: {said}")
+            n = max(1, min(n - 1, lower))
+        with suppress(InputError):
+            while n < nfe and calls(n + 1) <= nfe:
+                n += 1
         if refused is not None and calls(n) < nfe:
             raise refused
         return n
 
-    def calls(self, path: Path, start: Knot, stop: Knot, n: int, grid: str, eta: float | None = None) -> int:
-        """Network calls of n steps, counted on two samples of four numbers with x -> x / 2. InputError where that run is not
-        finite: then its coefficients are not.
+    def trial(self, path: Path, start: Knot, stop: Knot, n: int, grid: str, eta: float | None = None) -> tuple[int, bool]:
+        """Network calls of n steps, counted on two samples of four numbers with x -> x / 2; and whether that run stayed finite:
+        where not, its coefficients are not.
         """
         network = Bare(0.5, most=64 * n + 64)
         x = torch.linspace(-1.0, 1.0, 8, dtype=torch.float64).reshape(2, 4) * path.prior_std(start.t)
         with torch.no_grad():
             out = self.loop(network, x, path, start, stop, n, grid, eta)
-        if not bool(out.isfinite().all()):
-            raise InputError(f"{self.name} gives NaN or infinity with {n} steps on {grid}, whatever the network")
-        return network.calls
+        return network.calls, bool(out.isfinite().all())
 
 
 # --- around a run -----------------------------------------------------------------------------------------------------------

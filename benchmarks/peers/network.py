@@ -16,6 +16,7 @@ network, by the harness's meter: what is left is the library's own. No step is c
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -133,7 +134,7 @@ class Wrapped(Network):
         level = float(level)
         key = form, level, eta
         if key not in self._known:
-            k = self._knot(form, level)
+            k = _knot(self.path, _by_rho(form), level)
             gain, a, b = _ask(form, k, eta)
             like = x.reshape(self.shape).to(self.dtype)
             (call,) = self.meter.score.at([k], like, {}, self.tally)
@@ -149,7 +150,7 @@ class Wrapped(Network):
         levels = level.detach().double().cpu().tolist()
         if all(one == levels[0] for one in levels):
             return self._answer(form, x, levels[0], eta)
-        knots = knots_of(self.path, levels) if _by_rho(form) else self.path.knots([self._inside(one) for one in levels])
+        knots = [_knot(self.path, _by_rho(form), one) for one in levels]
         rows = []
         for k in knots:
             gain, a, b = _ask(form, k, eta)
@@ -161,15 +162,17 @@ class Wrapped(Network):
         y = self.meter.score.each(knots, state, {}, self.tally)(state)
         return u * x + v * y.to(x.dtype).reshape(x.shape)
 
-    def _knot(self, form: str, level: float) -> Knot:
-        return knots_of(self.path, [level])[0] if _by_rho(form) else self.path.knot(self._inside(level))
 
-    def _inside(self, t: float) -> float:
-        return min(max(t, 0.0), self.path.T)
+@functools.lru_cache(maxsize=4096)
+def _knot(path: Path, by_rho: bool, level: float) -> Knot:
+    """Kept from run to run: a library's own code would not look it up, and is not to be charged for it."""
+    return knots_of(path, [level])[0] if by_rho else path.knot(min(max(level, 0.0), path.T))
 
 
 def knots_of(path: Path, rhos: Sequence[float]) -> list[Knot]:
-    """The knots where sigma / alpha is rho, or the path's end where rounding has gone past it."""
+    """The knots where sigma / alpha is rho; the path's end where a level lies past it, by rounding, or by churn in the first
+    steps: a network knows no level beyond.
+    """
     return path.knots(path.time(torch.tensor([-math.log(rho) if rho > 0.0 else math.inf for rho in rhos], dtype=torch.float64)))
 
 

@@ -68,7 +68,7 @@
       const pad = 0.06 * (high - low || Math.abs(high) || 1);
       return { log: false, low: low - pad, high: high + pad };
     }
-    const top = Math.min(positive[positive.length - 1], 300 * Math.max(middle, positive[0]));
+    const top = Math.min(positive[positive.length - 1], 30 * Math.max(middle, positive[0]));
     // a floor far below every value would squeeze them: it is told in words instead
     const near = floor && floor.mean > 0 && floor.mean * 30 >= positive[0] ? [floor.mean, floor.high] : [];
     const low = Math.min(positive[0], ...near.filter((v) => v > 0));
@@ -95,6 +95,8 @@
   });
 
   // --- the chart
+
+  const outside = (p, r) => p.y > r.high || (r.log && p.y <= 0) || (!r.log && p.y < r.low);
 
   const chart = find("chart");
   const hidden = new Set();
@@ -130,6 +132,7 @@
     floor(svg, box, series.floor, r, Y);
     front(svg, series, X, Y, points);
     for (const line of shown) curve(svg, line, X, Y, r);
+    if (points.some((p) => outside(p, r))) find("floor-note").append(" Dotted marks at the edge are off the scale.");
     svg.addEventListener("pointermove", (event) => hover(event, svg, points, X, Y));
     svg.addEventListener("pointerdown", (event) => hover(event, svg, points, X, Y));
     svg.addEventListener("pointerleave", hide);
@@ -201,9 +204,8 @@
       if (p.lo !== null && p.hi !== null && p.hi > p.lo) {
         add(group, "path", { d: `M${X(p.x)},${Y(p.lo)}V${Y(p.hi)}m-3,0h6M${X(p.x) - 3},${Y(p.lo)}h6`, class: "bar" });
       }
-      const out = p.y > r.high || (r.log && p.y <= 0) || (!r.log && p.y < r.low);
       const at = `translate(${X(p.x)},${Y(p.y)})`;
-      add(group, "path", { d: style.mark, transform: at, class: `mark${p.inside ? " inside" : ""}${out ? " out" : ""}` });
+      add(group, "path", { d: style.mark, transform: at, class: `mark${p.inside ? " inside" : ""}${outside(p, r) ? " out" : ""}` });
     }
   };
 

@@ -43,6 +43,10 @@ NFE is minus the order that is seen at that budget. A stochastic sampler has no 
 <li><b>Broad grey line</b>: the Pareto front, the best that so many calls bought.</li></ul>"""
 
 
+SHEET = 150
+"""Pixels of a screen that a sheet of samples is about as wide as."""
+
+
 def text(value: object) -> str:
     """Any value as text of the page: markup escaped; control, format (bidirectional) and unpaired characters shown as codes."""
     shown = "".join(
@@ -147,16 +151,19 @@ def _scroll(table: str, kind: str = "scroll") -> str:
 
 
 def _winners(found: Sequence[Series], called: dict[Any, str]) -> str:
-    """Metric by metric: who won on each model at each budget."""
-    parts = []
-    for metric in dict.fromkeys(s.metric for s in found):
-        of = [s for s in found if s.metric == metric]
-        budgets = sorted({b for s in of for b in s.budgets})
-        head = [("model", ""), *((f"NFE {b}", "") for b in budgets)]
-        body = [[Cell(text(s.model)), *(_winner(s, b, called) for b in budgets)] for s in of]
-        unit = of[0].rows[0].get("unit")
-        parts.append(_scroll(_table(head, body, f"{text(metric)}{f', in {text(unit)}' if unit else ''}")))
-    return f"<h2>What won</h2>{''.join(parts)}" if parts else ""
+    """Who won by each metric on each model at each budget."""
+    if not found:
+        return ""
+    models, metrics = (list(dict.fromkeys(names)) for names in zip(*((s.model, s.metric) for s in found), strict=True))
+    budgets = sorted({b for s in found for b in s.budgets})
+    head = [("model", ""), ("metric", ""), *((f"NFE {b}", "") for b in budgets)]
+    body = [
+        [Cell(text(s.model)), Cell(f"{text(s.metric)} <small>{text(s.rows[0].get('unit') or '')}</small>"), *cells]
+        for s in sorted(found, key=lambda s: (models.index(s.model), metrics.index(s.metric)))
+        if (cells := [_winner(s, b, called) for b in budgets])
+    ]
+    lead = "=: a tie, not told apart by so many samples. Small, after a metric: the unit of its values."
+    return f'<h2>What won</h2><p class="quiet">{lead}</p>{_scroll(_table(head, body))}'
 
 
 def _winner(of: Series, budget: int, called: dict[Any, str]) -> Cell:
@@ -280,8 +287,8 @@ def _samples(study: Study) -> str:
     parts = []
     for model in dict.fromkeys(s.model for s in study.sheets):
         of = [s for s in study.sheets if s.model == model]
-        rows = [[s for s in of if s.name == name] for name in dict.fromkeys(s.name for s in of)]
-        shown = "".join(_strip(row) for row in rows)
+        rows = [(name, [s for s in of if s.name == name]) for name in dict.fromkeys(s.name for s in of)]
+        shown = "".join(_strip(name, row) for name, row in rows)
         parts.append(f"<h3>{text(model)}</h3>{shown}")
     if not parts:
         return ""
@@ -289,18 +296,20 @@ def _samples(study: Study) -> str:
     return f'<h2>Samples</h2><p class="quiet">{lead}</p>{"".join(parts)}'
 
 
-def _strip(row: Sequence[Sheet]) -> str:
+def _strip(name: str, row: Sequence[Sheet]) -> str:
     figures = "".join(_figure(s) for s in row)
-    return f'<div class="scroll" tabindex="0"><div class="sheets">{figures}</div></div>'
+    return f'<h4>{text(name)}</h4><div class="scroll" tabindex="0"><div class="sheets">{figures}</div></div>'
 
 
 def _figure(sheet: Sheet) -> str:
-    words = sheet.name if sheet.nfe is None else f"{sheet.name}, NFE {sheet.nfe}"
+    calls = "" if sheet.nfe is None else f"NFE {sheet.nfe}"
+    words = text(f"samples: {sheet.name} {calls}".strip())
     data = base64.b64encode(sheet.png).decode("ascii")
-    return (
-        f'<figure><img{_class("ink" if sheet.ink else "")} src="data:image/png;base64,{data}" alt="samples: {text(words)}">'
-        f"<figcaption>{text(words)}</figcaption></figure>"
-    )
+    width, height = (int.from_bytes(sheet.png[a : a + 4], "big") for a in (16, 20))  # of PNG's first chunk
+    scale = max(1, round(SHEET / max(width, 1)))  # whole: pixels of one size
+    size = f'width="{scale * width}" height="{scale * height}"'
+    image = f'<img{_class("ink" if sheet.ink else "")} {size} src="data:image/png;base64,{data}" alt="{words}">'
+    return f"<figure>{image}{f'<figcaption>{calls}</figcaption>' if calls else ''}</figure>"
 
 
 def _facts(study: Study) -> str:

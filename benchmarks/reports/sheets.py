@@ -6,6 +6,7 @@ Only what the folder kept can be shown: all samples with ``run --keep-samples``,
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
@@ -25,6 +26,7 @@ from ..sweep import ENDING, place
 ROOM = 1_200_000
 """Bytes of all PNG together, so that a page stays well below 3 MB."""
 LINES, BUDGETS = 4, 6
+_PART = re.compile(rf"(\d+)\.(\d{{9}})-(\d{{9}}){re.escape(ENDING)}")
 POINTS = 4096  # of the plane: a density wants many
 
 
@@ -86,23 +88,21 @@ def _of_model(
     shape = tuple(record.get("models", {}).get(model, {}).get("shape", ()))
     if not shape or not all(isinstance(s, int) and 0 < s < 1 << 20 for s in shape):
         return
-    problem = _problem(model, shape)
+    problem = problem_of(model, shape)
     called = names(everyone)
-    found = []
+    found, most = [], 0
     for which in lines:
         for budget in budgets:
             x = kept(out, record, (model, *which, budget), POINTS if math.prod(shape) == 2 else count)
             if x is not None:
                 found.append(sheet(problem, model, called[which], budget, x, count))
-    if not found:
-        return
-    if problem.data is not None:
-        truth = problem.truth(0, range(POINTS if problem.dim == 2 else count))
-        yield sheet(problem, model, "true draws", None, truth, count)
+                most = max(most, len(x))
+    if found and problem.data is not None:  # as many as of a sampler, or the truth would look better than it is
+        yield sheet(problem, model, "true draws", None, problem.truth(0, range(most)), count)
     yield from found
 
 
-def _problem(model: str, shape: tuple[int, ...]) -> Problem:
+def problem_of(model: str, shape: tuple[int, ...]) -> Problem:
     """The built-in problem, or of anybody else's model what shows a sample by its shape alone."""
     if model.partition(":")[0] in problems.PROBLEMS:
         try:
@@ -135,13 +135,26 @@ def kept(out: File, record: Mapping[str, Any], cell: tuple[str, str, str, int], 
     for folder in files.names(out / "parts"):
         if not folder.startswith(prefix) or len(folder) != len(prefix) + 12:
             continue
-        for leaf in files.names(out / "parts" / folder):
-            if sum(map(len, found)) >= most or not leaf.endswith(ENDING) or leaf.startswith("."):
-                continue
-            x = _part(out / "parts" / folder / leaf, record, cell)
+        for path in parts(out / "parts" / folder):
+            if sum(map(len, found)) >= most:
+                break
+            x = _part(path, record, cell)
             if x is not None:
                 found.append(x)
     return torch.cat(found)[:most] if found else None
+
+
+def parts(folder: File) -> Iterator[File]:
+    """Part files in order, each sample once: a sweep that has grown leaves short parts beside the full ones."""
+    spans = sorted((*map(int, match.groups()), leaf) for leaf in files.names(folder) if (match := _PART.fullmatch(leaf)))
+    longest = {(block, first): leaf for block, first, _, leaf in spans}
+    ends = {(block, first): end for block, first, end, _ in spans}
+    block, at = -1, 0
+    for (own, first), leaf in longest.items():
+        if own == block and first < at:
+            continue
+        block, at = own, ends[own, first]
+        yield folder / leaf
 
 
 def _part(path: File, record: Mapping[str, Any], cell: tuple[str, str, str, int]) -> Tensor | None:
@@ -150,7 +163,8 @@ def _part(path: File, record: Mapping[str, Any], cell: tuple[str, str, str, int]
     except ToolkitError:
         return None
     item = about.get("item", {})
-    if tuple(item.get(k) for k in ("model", "solver", "grid", "nfe")) != cell or item.get("config") != record.get("config"):
+    wanted = (*cell, record.get("config"), record.get("models", {}).get(cell[0], {}).get("digest"))
+    if tuple(item.get(k) for k in ("model", "solver", "grid", "nfe", "config", "digest")) != wanted:
         return None
     x = tensors.get("x")
     return x if x is not None and bool(x.isfinite().all()) else None

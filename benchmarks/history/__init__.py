@@ -1,0 +1,1 @@
+"""What the hot paths cost, kept over time: ``python -m pytest benchmarks/history`` (see ``test_hot_paths``)."""
