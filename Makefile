@@ -1,5 +1,6 @@
 # make quick   first run: an NFE-against-error report in out/quick, under a minute after installation
 # make test    everything CI checks: lint, types, tests
+# make slow    the tests that are left out there: minutes more, every order again on every path
 # make history times of the hot paths beside the peers', kept in out/history and compared with the last ones there
 # Each creates .venv and installs what it needs.
 
@@ -8,7 +9,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quick test lint types pytest history clean
+.PHONY: quick test lint types pytest slow history clean
 
 quick: $(VENV)/.quick
 	$(BIN)/python -m benchmarks quick
@@ -24,6 +25,9 @@ types: $(VENV)/.dev
 
 pytest: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+slow: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 history: $(VENV)/.dev
 	$(PIP) pytest-benchmark

@@ -60,7 +60,8 @@ class Exact(Predictor):
         return {k: v for k, v in self.__dict__.items() if k != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        for name, value in {**state, "_lock": threading.Lock()}.items():
+            setattr(self, name, value)
 
     @abstractmethod
     def _field(self, kind: str, alpha: Tensor, sigma: Tensor, x: Tensor) -> Field:

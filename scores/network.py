@@ -131,7 +131,8 @@ class Score(Predictor):
         return state | {"_depth": 0, "_flags": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        for name, value in {**state, "_lock": threading.Lock()}.items():
+            setattr(self, name, value)
 
     def __repr__(self) -> str:
         name = type(self.network).__name__ if self._module is self.network else getattr(self.network, "__name__", self.network)

@@ -19,7 +19,7 @@ from solvers.convergence import KINDS, convergence, warped_grid
 
 MEASUREMENTS = [(name, kind, label) for name in SOLVERS for kind in orders.kinds(name) for label in orders.paths_of(name, kind)]
 CONSTANTS = orders.stored()
-#: In the coordinates (x/alpha, lambda) an invariant row does not see the path, which test_laws shows of each of them: to measure it
+#: In the coordinates (x/alpha, lambda) an invariant row does not see the path, which test_laws shows of each: to measure it
 #: on a second path is to measure it twice.
 AGAIN = {m for m in MEASUREMENTS if getattr(SOLVERS[m[0]].solver, "invariant", False) and m[1] in KINDS and m[2] != "VP"}
 
