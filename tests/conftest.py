@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -13,3 +14,30 @@ settings.register_profile("dev", deadline=None, suppress_health_check=[HealthChe
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 torch.set_num_threads(1)
+
+#: Tests of promises that a solver keeps by its class: `make test` runs them for one row of each, `make slow` for one of each
+#: combination of options.
+BY_CLASS = (
+    "test_contract.py",
+    "test_bad_input.py",
+    "test_plan.py",
+    "test_bridge_",
+    "test_laws.py::test_samples_",
+    "test_laws.py::test_no_time",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from rows import one_of_each_class
+
+    from solvers import SOLVERS
+
+    some = set(one_of_each_class())
+    for item in items:
+        given = getattr(item, "callspec", None)
+        if given is None or not any(f"/{place}" in f"/{item.nodeid}" for place in BY_CLASS):
+            continue
+        named = {v for key in ("name", "solver") if isinstance(v := given.params.get(key), str) and v in SOLVERS}
+        if named - some:
+            item.add_marker(pytest.mark.slow)

@@ -26,3 +26,18 @@ def one_of_each_kind() -> list[str]:
     by_stages = sorted(SOLVERS, key=lambda n: SOLVERS[n].solver.stages if SOLVERS[n].solver.stages <= 4 else 0)
     kinds = {(kind(SOLVERS[n].solver), SOLVERS[n].eta > 0.0): n for n in by_stages}
     return [name for name in SOLVERS if name in kinds.values()]
+
+
+def structure(value: Any) -> Any:
+    """The classes of a solver and of those inside it, whatever their options."""
+    if not is_dataclass(value):
+        return None
+    if isinstance(value, (Tableau, ExponentialTableau)):
+        return type(value).__name__
+    return (type(value).__name__, *(structure(getattr(value, f.name)) for f in fields(value)))
+
+
+def one_of_each_class() -> list[str]:
+    """Of ``one_of_each_kind`` one row of each class, the last: for promises that no option of a solver has a part in."""
+    classes = {(structure(SOLVERS[n].solver), SOLVERS[n].eta > 0.0): n for n in one_of_each_kind()}
+    return [name for name in SOLVERS if name in classes.values()]

@@ -199,6 +199,7 @@ def test_a_budget_below_one_step_is_a_row_that_says_so(tmp_path: Path, capsys: p
     assert re.search(r"^ abm_4_started +- ", capsys.readouterr().out, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_every_name_with_a_table_can_be_compared() -> None:
     names = tuple(n for n, e in SOLVERS.items() if e.solver.linear)
     outcome = outcome_of(n=6, blocks=3, nfe=(8,), solvers=names, reference=10)
@@ -289,6 +290,7 @@ def test_out_that_is_a_file(tmp_path: Path) -> None:
 TINY = train.Train(steps=3, batch=16, quality=False)
 
 
+@pytest.mark.slow
 def test_training_gives_the_same_bytes_from_the_same_seed(tmp_path: Path) -> None:
     state = torch.random.get_rng_state()
     made = networks.to_bytes(*train.train(TINY))
