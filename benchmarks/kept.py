@@ -59,7 +59,7 @@ def kept(out: File, record: Mapping[str, Any], wanted: Callable[[dict[str, Any]]
     """
     cells = {}
     for name in files.names(out / "parts"):
-        spans = _spans(out / "parts" / name)
+        spans = part_files(out / "parts" / name)
         if not spans:
             continue
         about, tensors = _unpack(next(iter(spans.values())))
@@ -98,7 +98,7 @@ def _cover(
             at = end
 
 
-def _spans(folder: File) -> dict[tuple[int, int, int], File]:
+def part_files(folder: File) -> dict[tuple[int, int, int], File]:
     """(block, first, end) -> the file of that part."""
     found = {}
     for name in files.names(folder) if files.is_folder(folder) else ():

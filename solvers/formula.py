@@ -41,7 +41,7 @@ BASES = {
 }
 
 
-_FACTORIALS = [float(math.factorial(i)) for i in range(50)]
+_FACTORIALS = [float(math.factorial(i)) for i in range(100)]
 
 
 @lru_cache(maxsize=4096)

@@ -19,8 +19,6 @@ from solvers.convergence import KINDS, convergence, warped_grid
 
 MEASUREMENTS = [(name, kind, label) for name in SOLVERS for kind in orders.kinds(name) for label in orders.paths_of(name, kind)]
 CONSTANTS = orders.stored()
-#: Seconds each, of kinds that cheaper rows show: in `make slow`.
-COSTLY = {"adaptive_tsit5", "adaptive_bosh3", "dpm_adaptive_12", "dopri8", "pc_exponential_integrator"}
 #: In the coordinates (x/alpha, lambda) an invariant row does not see the path, which test_laws shows of each: to measure it
 #: on a second path is to measure it twice.
 AGAIN = {m for m in MEASUREMENTS if getattr(SOLVERS[m[0]].solver, "invariant", False) and m[1] in KINDS and m[2] != "VP"}
@@ -33,7 +31,7 @@ def test_every_solver_has_a_theory():
 
 @pytest.mark.parametrize(
     ("name", "kind", "label"),
-    [pytest.param(*m, marks=pytest.mark.slow if m in AGAIN or m[0] in COSTLY else ()) for m in MEASUREMENTS],
+    [pytest.param(*m, marks=pytest.mark.slow if m in AGAIN else ()) for m in MEASUREMENTS],
 )
 def test_declared_is_measured(name, kind, label):
     row = orders.measure(name, kind, label)

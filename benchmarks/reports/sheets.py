@@ -6,7 +6,6 @@ Only what the folder kept can be shown: all samples with ``run --keep-samples``,
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
@@ -19,14 +18,14 @@ from sde.errors import ToolkitError
 
 from .. import files, problems
 from ..differences import Row, badness
+from ..kept import part_files
 from ..problems import Problem
 from ..reading import Line, is_error, line, names, series
-from ..sweep import ENDING, place
+from ..sweep import place
 
 ROOM = 1_200_000
 """Bytes of all PNG together, so that a page stays well below 3 MB."""
 LINES, BUDGETS = 4, 6
-_PART = re.compile(rf"(\d+)\.(\d{{9}})-(\d{{9}}){re.escape(ENDING)}")
 POINTS = 4096  # of the plane: a density wants many
 
 
@@ -146,15 +145,13 @@ def kept(out: File, record: Mapping[str, Any], cell: tuple[str, str, str, int], 
 
 def parts(folder: File) -> Iterator[File]:
     """Part files in order, each sample once: a sweep that has grown leaves short parts beside the full ones."""
-    spans = sorted((*map(int, match.groups()), leaf) for leaf in files.names(folder) if (match := _PART.fullmatch(leaf)))
-    longest = {(block, first): leaf for block, first, _, leaf in spans}
-    ends = {(block, first): end for block, first, end, _ in spans}
+    longest = {(block, first): (end, path) for (block, first, end), path in sorted(part_files(folder).items())}
     block, at = -1, 0
-    for (own, first), leaf in longest.items():
+    for (own, first), (end, path) in longest.items():
         if own == block and first < at:
             continue
-        block, at = own, ends[own, first]
-        yield folder / leaf
+        block, at = own, end
+        yield path
 
 
 def _part(path: File, record: Mapping[str, Any], cell: tuple[str, str, str, int]) -> Tensor | None:
