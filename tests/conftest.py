@@ -16,9 +16,18 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 torch.set_num_threads(1)
 
 #: Tests of promises that a solver keeps by its class: `make test` runs them for one row of each, `make slow` for one of each
-#: combination of options. Calls are counted for every row there is: constants could break that.
-BY_CLASS = ("test_contract.py", "test_bad_input.py", "test_plan.py", "test_bridge_")
-FOR_ALL = ("::test_calls_are_counted", "::test_few_steps_work")
+#: combination of options, or for every row. Budgets are kept by every row there is: constants could break that.
+BY_CLASS = (
+    "test_contract.py",
+    "test_bad_input.py",
+    "test_plan.py",
+    "test_bridge_",
+    "test_laws.py::test_samples_",
+    "test_laws.py::test_no_time",
+    "test_laws.py::test_the_same_log_snr_grid",
+    "test_stochastic.py::test_noise_levels_may",
+)
+FOR_ALL = ("::test_calls_are_counted_at_the_network_and_never", "::test_few_steps_work")
 
 
 @pytest.hookimpl(tryfirst=True)

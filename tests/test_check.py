@@ -360,7 +360,7 @@ def test_the_mistake_is_named(name):
 
 # a search without data costs a second or two: these are of all kinds, the others run with the slow tests
 QUICK = {
-    "time reversed, Linear velocity", "eps as x0", "2C output", "train mode", "batch statistics", "nan at t = 1", "constant",
+    "2C output", "train mode", "batch statistics", "nan at t = 1", "constant",
     "no class", "no text", "raises",
 }  # fmt: skip
 WITHOUT = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n, row in PLANTED.items() if row[4]]

@@ -204,7 +204,7 @@ def test_grids_have_exact_ends_and_decrease_strictly(grid, label):
     path = PATHS[label]
     starts = [None, 0.7 * path.T] if float(path.alpha(path.T)) == 0.0 else [None, path.T, 0.7 * path.T]
     assert trace("ddim", path, GRIDS[grid](path, 7)).times == tuple(GRIDS[grid](path, 7).tolist())
-    for n in [*(range(1, 21) if label == "vp" else (1, 2, 3, 10, 33)), 64, 333, 1000]:
+    for n in [*(range(1, 21) if label == "vp" else (1, 2, 10)), 333]:
         for start in starts if n in (1, 2, 10, 333) else starts[:1]:
             for stop in [None, path.t_min, 0.01 * path.T] if n in (1, 2, 10, 333) else [None]:
                 times = GRIDS[grid](path, n, start, stop)
