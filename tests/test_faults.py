@@ -246,7 +246,7 @@ def attempt(sweep: Sweep) -> str:
     return ""
 
 
-@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k in ("EDQUOT", "EACCES") else ()) for k in FAULTS])
 def test_every_call_fails_once(memory: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """For n = 1, 2, ... until there is no n-th call: it goes wrong, then comes the same command again."""
     monkeypatch.setattr(Maker, "make", constant)
