@@ -8,17 +8,17 @@ Words. Philox4x64-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: a
 of four 64-bit words and a key of two to four random words. Here
 
     key     = (seed, LAYOUT)
-    counter = (1 + block, draw, kind, node)
+    counter = (1 + j, draw, kind, node)
 
-and word w of a (seed, draw, kind, node) is word w % 4 of block w // 4. A sample of n numbers owns the m = ceil(n / 2) words
-from i m on, so a run of consecutive samples is one stretch of words, with none wasted.
+and its words make one endless row of normals for each (seed, draw, kind, node), of which sample i of n numbers owns
+i n ... i n + n - 1. A block of 2 K normals, K = 128, takes K words; their 2 K halves, the low one first, are signed
+integers, of which the first K give radii and the last K angles. Normals (Box and Muller 1958), with both rounded to float32 and o = 0 ... K - 1,
 
-Normals (Box and Muller 1958). From the halves of a word as signed integers, hi and lo, both rounded to float32,
+    r = sqrt(-2 log(|first_o + 1/2| / 2^31)),   angle = pi last_o / 2^31,   z_o = r cos(angle),   z_{K+o} = r sin(angle)
 
-    r = sqrt(-2 log(|hi + 1/2| / 2^31)),   angle = pi lo / 2^31,   z_j = r cos(angle),   z_{m+j} = r sin(angle)
-
-for word j of the sample. The rounding to float32 is the same in every dtype, so a float32 run sees the normals of the float64
-run to a few ulp of r; float16 and bfloat16 are cast from float32. |z| <= 6.66.
+so everything is arithmetic on contiguous arrays, whatever the shape of the batch. The rounding to float32 is the same in every
+dtype, so a float32 run sees the normals of the float64 run to a few ulp of r; float16 and bfloat16 are cast from float32.
+|z| <= 6.66.
 """
 
 from __future__ import annotations
@@ -39,20 +39,21 @@ from .errors import InputError
 from .prediction import Knot
 
 #: Second word of every key. Another layout of words or normals gets another number, so that old and new never overlap.
-LAYOUT = 1
+LAYOUT = 2
 
 # Third word of the counter: what the words are for.
 _INITIAL, _WHITE, _TREE, _BRIDGE = range(4)
 
 _WORD = 1 << 64
-_LOW, _HIGH = (0, 1) if sys.byteorder == "little" else (1, 0)
 
-# Words at a time. On a CPU the scratch of a chunk stays in the cache, and no chunk reaches the size (32768) from which torch
-# splits an operation over threads, where the split may change the last bit of a logarithm.
-_CPU_CHUNK = 1 << 14
-_DEVICE_CHUNK = 1 << 20
-_NARROW = 16  # numpy's loops over rows this short cost more than strided loops over their columns
-_LANES = 64  # a chunk is padded to whole vectors, so that no element is left to a scalar loop that rounds differently
+# Whole vectors, so that no element is left to a scalar loop that rounds differently. A sample alone costs at least a block.
+_HALF = 128
+_BLOCK = 2 * _HALF
+
+# Blocks at a time. On a CPU the scratch of a chunk stays in the cache, and its radii do not reach the size (32768) from which
+# torch splits an operation over threads, where the split may change the last bit of a logarithm.
+_CPU_CHUNK = 1 << 7
+_DEVICE_CHUNK = 1 << 13
 
 
 def clock(lam: float) -> float:
@@ -97,7 +98,7 @@ class White(Source):
     """Independent normals, a function of (seed, i, k): the knots play no part.
 
     ``indices`` are the samples' numbers, 0 ... B - 1 unless given. ``seeds`` gives one seed a sample instead; sample j is then
-    number 0 of seeds[j]. A new (seed, index) pair costs about 1.5 microseconds a draw, a run of consecutive indices that once.
+    number 0 of seeds[j]. A new (seed, index) pair costs about 3 microseconds a draw, a run of consecutive indices that once.
 
     Reference: Salmon et al. 2011, doi:10.1145/2063384.2063405.
     """
@@ -249,36 +250,47 @@ class _Philox:
         self._counter, self._key = self._state["state"]["counter"], self._state["state"]["key"]
         self._key[1] = LAYOUT
 
-    def words(self, seed: int, first: int, draw: int, kind: int, node: int, count: int) -> np.ndarray[Any, Any]:
-        """Words first ... first + count - 1, as (count,) uint64."""
-        block, skip = divmod(first, 4)
+    def words(self, seed: int, block: int, draw: int, kind: int, node: int, count: int) -> np.ndarray[Any, Any]:
+        """``count`` words from the beginning of a block of ``_BLOCK`` normals, (count,) uint64."""
         self._key[0] = seed
         counter = self._counter
-        counter[0], counter[1], counter[2], counter[3] = block, draw, kind, node
+        counter[0], counter[1], counter[2], counter[3] = block * _HALF // 4, draw, kind, node
         self._generator.state = self._state
-        words = self._generator.random_raw(skip + count)
-        return words[skip:] if skip else words
-
-
-class _Chunk(NamedTuple):
-    """The words of rows [row, row + rows) and word columns [column, column + columns) of a batch, at most one row in parts."""
-
-    row: int
-    rows: int
-    column: int
-    columns: int
-    pieces: tuple[tuple[int, int, int], ...]  # (seed, first word, count), in order
-    padded: int
+        return self._generator.random_raw(count)
 
 
 Array = Any  # an ndarray on the CPU in float32, a Tensor elsewhere: the two share operators, and functions with out=
+
+
+class _Scratch(NamedTuple):
+    """Working memory for some blocks, flat (blocks * _HALF,) and by block (blocks, _HALF)."""
+
+    halves: Array  # (blocks * _BLOCK,), and its two parts by block
+    first: Array
+    last: Array
+    radius: Array
+    angle: Array
+    cosine: Array
+    radii: Array
+    angles: Array
+    cosines: Array
+
+
+class _Chunk(NamedTuple):
+    """Numbers start ... stop - 1 of the flattened batch, and the blocks of normals that they are found in."""
+
+    start: int
+    stop: int
+    blocks: int
+    pieces: tuple[tuple[int, int, int], ...]  # (seed, first block, blocks), in order
+    where: Any  # which of the blocks' normals: None for all, a slice, or an array of places
 
 
 class _Normals:
     """Box-Muller on the words of a batch of ``shape``, chunk by chunk.
 
     float32 on a CPU is computed by numpy, whose log, sin and cos take half the time of torch's; everything else by torch on
-    the device. Arrays are 1-D, contiguous and padded, whatever the shape of the batch: the bits cannot depend on it.
+    the device.
     """
 
     def __init__(self, source: White | Brownian, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> None:
@@ -286,57 +298,70 @@ class _Normals:
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
             raise InputError(f"dtype={dtype!r} cannot hold normals; write dtype=torch.float32, or float64, float16, bfloat16")
         self.dtype, self.device = dtype, torch.empty(0, device=device).device  # with the index that "cuda" stands for
-        self._batch, self._size = self.shape[0], math.prod(self.shape[1:])
-        self._half = (self._size + 1) // 2
         cpu = self.device.type == "cpu"
-        self.chunks = self._split(_runs(source, self._batch), _CPU_CHUNK if cpu else _DEVICE_CHUNK)
-        self._philox = _Philox()
         self._working = torch.float64 if dtype == torch.float64 else torch.float32
         self.xp: Any = np if cpu and self._working == torch.float32 else torch
         self._direct = self.xp is np and dtype == torch.float32
-        longest = max((chunk.padded for chunk in self.chunks), default=0)
-        self._pair, self._cosine = self.empty(2 * longest), self.empty(longest)
-        self._halves: Array = self._allocate(2 * longest, torch.float32)
-        self._views: dict[int, tuple[Array, ...]] = {}
+        self.chunks = self._split(_runs(source, self.shape[0]), _CPU_CHUNK if cpu else _DEVICE_CHUNK)
+        self._philox = _Philox()
+        self._scratch: dict[int, _Scratch] = {}
+        longest = max((chunk.blocks for chunk in self.chunks), default=0)
+        self._halves: Array = self._allocate(longest * _BLOCK, torch.float32)
+        self._polar = [self.empty(longest * _HALF) for _ in range(3)]
+        self._whole = self.empty(longest * _BLOCK)
         self._turn = self.empty(1)  # an array, whose dtype counts in a product of mixed dtypes, as a number's would not
         self._turn[:] = math.pi * 2.0**-31
 
-    def _split(self, runs: list[_Run], limit: int) -> list[_Chunk]:
-        half, chunks = self._half, list[_Chunk]()
-        if half == 0:
-            return chunks
+    def _split(self, runs: list[_Run], most: int) -> list[_Chunk]:
+        """The batch in chunks of at most ``most`` blocks."""
+        size = math.prod(self.shape[1:])
         last = max((run.first + run.rows for run in runs), default=0)
-        if last * half >= _WORD:
-            raise InputError(
-                f"index {last - 1} of samples of {self._size} numbers is beyond the stream; write indices below 2^40"
-            )
-        if half > limit:  # a sample in parts
-            for run in runs:
-                for j in range(run.rows):
-                    for column in range(0, half, limit):
-                        columns = min(limit, half - column)
-                        pieces = ((run.seed, (run.first + j) * half + column, columns),)
-                        chunks.append(_Chunk(run.row + j, 1, column, columns, pieces, _pad(columns)))
-            return chunks
-        most, pieces, row, rows = limit // half, list[tuple[int, int, int]](), 0, 0
+        if last * size >= _WORD:
+            raise InputError(f"index {last - 1} of samples of {size} numbers is beyond the stream; write indices below 2^40")
+        chunks, start = list[_Chunk](), 0
+        pieces, parts, blocks, newest = list[tuple[int, int, int]](), list[tuple[int, int]](), 0, (0, -1)
 
         def close() -> None:
-            nonlocal row, rows
-            if rows:
-                chunks.append(_Chunk(row, rows, 0, half, tuple(pieces), _pad(rows * half)))
+            nonlocal start, blocks, newest
+            if parts:
+                stop = start + sum(length for _, length in parts)
+                chunks.append(_Chunk(start, stop, blocks, tuple(pieces), self._where(parts, blocks)))
+                start = stop
             pieces.clear()
-            row, rows = row + rows, 0
+            parts.clear()
+            blocks, newest = 0, (0, -1)
 
         for run in runs:
-            done = 0
-            while done < run.rows:
-                take = min(run.rows - done, most - rows)
-                pieces.append((run.seed, (run.first + done) * half, take * half))
-                done, rows = done + take, rows + take
-                if rows == most:
+            place, end = run.first * size, (run.first + run.rows) * size
+            while place < end:
+                block, offset = divmod(place, _BLOCK)
+                begin = blocks - 1 if (run.seed, block) == newest else blocks  # neighbours may share a block
+                if begin == most:
                     close()
+                    begin = 0
+                after = begin + min(-(-end // _BLOCK) - block, most - begin)
+                if after > blocks:
+                    pieces.append((run.seed, block + blocks - begin, after - blocks))
+                stop = min(end, (block + after - begin) * _BLOCK)
+                at = begin * _BLOCK + offset
+                if parts and sum(parts[-1]) == at:
+                    at, length = parts.pop()
+                    parts.append((at, length + stop - place))
+                else:
+                    parts.append((at, stop - place))
+                place, blocks, newest = stop, after, (run.seed, block + after - begin - 1)
         close()
         return chunks
+
+    def _where(self, parts: list[tuple[int, int]], blocks: int) -> Any:
+        """Where a chunk's numbers are among the normals of its blocks: ``parts`` are (place, length), in order."""
+        if len(parts) == 1:
+            (place, length), whole = parts[0], blocks * _BLOCK
+            return None if length == whole else slice(place, place + length)
+        places, lengths = (np.array(column, np.int64) for column in zip(*parts, strict=True))
+        index = np.repeat(places - np.cumsum(lengths) + lengths, lengths)
+        index += np.arange(len(index))
+        return index if self.xp is np else torch.from_numpy(index).to(self.device)
 
     def _allocate(self, count: int, dtype: torch.dtype) -> Array:
         if self.xp is np:
@@ -348,17 +373,10 @@ class _Normals:
         """Uninitialised numbers in the working precision, (count,)."""
         return self._allocate(count, self._working)
 
-    def _words(self, chunk: _Chunk, draw: int, kind: int, node: int) -> Array:
-        """The words of a chunk and some padding, as their halves, (2 padded,) int32."""
-        philox = self._philox
-        if len(chunk.pieces) == 1:
-            seed, first, _ = chunk.pieces[0]
-            words = philox.words(seed, first, draw, kind, node, chunk.padded)
-        else:
-            words, start = np.zeros(chunk.padded, np.uint64), 0
-            for seed, first, count in chunk.pieces:
-                words[start : start + count] = philox.words(seed, first, draw, kind, node, count)
-                start += count
+    def _halves_of(self, words: np.ndarray[Any, Any]) -> Array:
+        """The halves of words, low ones first, as (2 words,) int32 on the device."""
+        if sys.byteorder == "big":
+            words = words.astype("<u8").view(">u8")
         halves = words.view(np.int32)
         if self.xp is np:
             return halves
@@ -367,84 +385,70 @@ class _Normals:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def _view(self, n: int) -> tuple[Array, ...]:
-        """The scratch of a chunk of n words: halves, high and low ones, radius, angle, cosine. Small draws feel each slice."""
-        single = self._halves[: 2 * n]
-        pair = self._pair[:n], self._pair[n : 2 * n]
-        self._views[n] = found = (single, single[_HIGH::2], single[_LOW::2], *pair, self._cosine[:n])
+    def _views(self, blocks: int) -> _Scratch:
+        """The scratch for that many blocks. Made once: small draws feel the cost of each slice."""
+        halves = self._halves[: blocks * _BLOCK]
+        flat = [x[: blocks * _HALF] for x in self._polar]
+        pairs = halves.reshape(blocks, 2, _HALF)
+        found = _Scratch(halves, pairs[:, 0], pairs[:, 1], *flat, *(x.reshape(blocks, _HALF) for x in flat))
+        self._scratch[blocks] = found
         return found
 
-    def polar(self, chunk: _Chunk, draw: int, kind: int, node: int) -> tuple[Array, Array, Array]:
-        """(r, cos, sin), each (padded,), of a chunk's words: scratch that the next call overwrites."""
-        xp, n = self.xp, chunk.padded
-        single, high, low, radius, angle, cosine = self._views.get(n) or self._view(n)
-        single[:] = self._words(chunk, draw, kind, node)  # the rounding that every dtype shares
-        # Symmetric: every |hi + 1/2| is met twice, none is 0. Added in float32 in every dtype, so that none is above 2^31.
-        xp.add(high, 0.5, out=radius)
+    def fill(self, out: Array, chunk: _Chunk, draw: int, kind: int, node: int, scale: float = 1.0) -> None:
+        """Write ``scale`` times a chunk's normals to ``out``, (stop - start,)."""
+        xp, (_, _, blocks, pieces, where) = self.xp, chunk
+        views = self._scratch.get(blocks) or self._views(blocks)
+        halves, first, last, radius, angle, cosine, radii, angles, cosines = views
+        start = 0
+        for seed, block, count in pieces:  # to float32: the rounding that every dtype shares
+            words = self._philox.words(seed, block, draw, kind, node, count * _HALF)
+            halves[start : start + count * _BLOCK] = self._halves_of(words)
+            start += count * _BLOCK
+        # Symmetric: every |first + 1/2| is met twice, none is 0. Added in float32 in every dtype, so that none is above 2^31.
+        xp.add(first, 0.5, out=radii)
         xp.abs(radius, out=radius)
         radius *= 2.0**-31
         xp.log(radius, out=radius)
         radius *= -2.0
         xp.sqrt(radius, out=radius)
-        xp.multiply(low, self._turn, out=angle)
+        if scale != 1.0:
+            radius *= scale
+        xp.multiply(last, self._turn, out=angles)
         xp.cos(angle, out=cosine)
         xp.sin(angle, out=angle)
-        return radius, cosine, angle
-
-    def scaled(self, chunk: _Chunk, draw: int, kind: int, node: int, scale: float) -> Array:
-        """``scale`` times the normals of a chunk, in a new array (2 padded,): those of the cosines, then those of the sines."""
-        radius, cosine, sine = self.polar(chunk, draw, kind, node)
-        radius *= scale
-        z = self.empty(2 * chunk.padded)
-        self.xp.multiply(radius, cosine, out=z[: chunk.padded])
-        self.xp.multiply(radius, sine, out=z[chunk.padded :])
-        return z
+        whole = out if where is None else self._whole[: blocks * _BLOCK]
+        z = whole.reshape(blocks, 2, _HALF)
+        xp.multiply(radii, cosines, out=z[:, 0])
+        xp.multiply(radii, angles, out=z[:, 1])
+        if where is not None:
+            out[:] = whole[where]
 
     def times(self, x: Array, factor: float) -> Array:
-        """factor x, for x as ``scaled`` gives it: scratch that the next call overwrites."""
-        return self.xp.multiply(x, factor, out=self._pair[: len(x)])
-
-    def store(self, flat: Array, chunk: _Chunk, left: tuple[Array, Any], right: tuple[Array, Any]) -> None:
-        """Write the products ``left`` and ``right``, (padded,) each, where the chunk's normals go in ``flat``, (B, size)."""
-        rows, columns = slice(chunk.row, chunk.row + chunk.rows), chunk.columns
-        count, multiply = chunk.rows * columns, self.xp.multiply
-        if self.xp is np and self._half == 1:  # samples of two numbers, or of one: a column each
-            for start, (one, other) in enumerate((left, right)[: self._size]):
-                multiply(one[:count], other if isinstance(other, float) else other[:count], out=flat[rows, start])
-            return
-        for start, (one, other) in ((chunk.column, left), (chunk.column + self._half, right)):
-            width = min(columns, self._size - start)  # of odd samples the right half is one column narrower
-            if self.xp is np and columns < _NARROW:
-                for j in range(width):
-                    factor = other if isinstance(other, float) else other[j:count:columns]
-                    multiply(one[j:count:columns], factor, out=flat[rows, start + j])
-            else:
-                wide = (x if isinstance(x, float) else x[:count].reshape(-1, columns)[:, :width] for x in (one, other))
-                multiply(*wide, out=flat[rows, start : start + width])
+        """factor x, for x of a chunk's numbers: scratch that the next call overwrites."""
+        return self.xp.multiply(x, factor, out=self._whole[: len(x)])
 
     def white(self, k: int, kind: int, like: Tensor | None, out: Tensor | None) -> Tensor:
         """Draw k, a function of (seed, i, k) alone."""
         out, array = self.target(like, out)
         for chunk in self.chunks:
-            radius, cosine, sine = self.polar(chunk, k, kind, 0)
-            self.store(array, chunk, (radius, cosine), (radius, sine))
+            self.fill(array[chunk.start : chunk.stop], chunk, k, kind, 0)
         return self.finish(out, array)
 
     def target(self, like: Tensor | None, out: Tensor | None) -> tuple[Tensor, Array]:
-        """The tensor to return, and the (B, size) array to write: its memory, where its dtype and layout allow."""
+        """The tensor to return, and the flat array to write: its memory, where its dtype and layout allow."""
         if like is not None:
             self._check("like", like)
         if out is not None:
             self._check("out", out)
         elif self._direct:  # the cheapest way to a tensor and its array
             array = np.empty(self.shape, np.float32)
-            return torch.from_numpy(array), array.reshape(self._batch, self._size)
+            return torch.from_numpy(array), array.reshape(-1)
         else:
             out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         flat = out.detach()
         if self.dtype != self._working or not out.is_contiguous():
             flat = torch.empty(self.shape, dtype=self._working, device=self.device)
-        return out, (flat.numpy() if self.xp is np else flat).reshape(self._batch, self._size)
+        return out, (flat.numpy() if self.xp is np else flat).reshape(-1)
 
     def _check(self, name: str, given: Tensor) -> None:
         if given.shape != self.shape or given.dtype != self.dtype or given.device != self.device:
@@ -465,10 +469,6 @@ def _shape(shape: Sequence[int]) -> tuple[int, ...]:
     if isinstance(shape, int) or not len(shape):
         raise InputError(f"shape={shape!r} has no batch; write shape=(B, ...), such as (1, {shape if shape else 2})")
     return tuple(_integer(f"shape[{j}]", n, 0, _WORD, "shape=(B, ...)") for j, n in enumerate(shape))
-
-
-def _pad(count: int) -> int:
-    return -(-count // _LANES) * _LANES
 
 
 def _check_draw(k: int) -> None:
@@ -556,8 +556,7 @@ class _BrownianDraws(Draws):
         self._knots.append((k, end))
         for chunk, increments in zip(self._normals.chunks, self._increments, strict=True):
             step = self._follow(moves, chunk, increments)
-            n = chunk.padded
-            self._normals.store(array, chunk, (step[:n], scale), (step[n:], scale))
+            self._normals.xp.multiply(step, scale, out=array[chunk.start : chunk.stop])
         return self._normals.finish(out, array)
 
     def _skip(self, k: int, place: float) -> None:
@@ -610,7 +609,8 @@ class _BrownianDraws(Draws):
             if move.kind is None:
                 taken = increments.pop()
             else:
-                left = self._normals.scaled(chunk, move.draw, move.kind, move.node, move.deviation)
+                left = self._normals.empty(chunk.stop - chunk.start)
+                self._normals.fill(left, chunk, move.draw, move.kind, move.node, move.deviation)
                 if increments:
                     left += self._normals.times(increments[-1], move.fraction)
                     increments[-1] -= left

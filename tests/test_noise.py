@@ -100,26 +100,35 @@ def test_known_answers(given_: str) -> None:
     assert generator.random_raw(4).tolist() == wanted
 
 
-@pytest.mark.parametrize("first", [0, 1, 2, 3, 4, 7, 1000001, 2**64 - 16])
-def test_words_are_philox_of_the_documented_counter(first: int) -> None:
-    words = noise._Philox().words(11, first, 22, 33, 44, 9)
+K = 128  # radii, or angles, of a block
+
+
+@pytest.mark.parametrize("block", [0, 1, 7, 1000001, 2**56 - 1])
+def test_words_are_philox_of_the_documented_counter(block: int) -> None:
+    words = noise._Philox().words(11, block, 22, 33, 44, 9)
     for j, word in enumerate(words.tolist()):
-        block, lane = divmod(first + j, 4)
-        assert word == philox([block + 1, 22, 33, 44], [11, noise.LAYOUT])[lane]
+        counter, lane = divmod(K * block + j, 4)
+        assert word == philox([counter + 1, 22, 33, 44], [11, noise.LAYOUT])[lane]
 
 
 def test_normals_are_box_muller_of_the_documented_words() -> None:
-    seed, index, k, size = 5, 3, 7, 5
-    half, found = 3, white(7, (1, 5), torch.float64, seed, indices=[3])[0]
-    for j in range(half):
-        block, lane = divmod(index * half + j, 4)
-        word = philox([block + 1, k, 1, 0], [seed, noise.LAYOUT])[lane]
-        high, low = ((part ^ 2**31) - 2**31 for part in (word >> 32, word & (2**32 - 1)))
-        radius = math.sqrt(-2.0 * math.log(abs(float(np.float32(np.float32(high) + np.float32(0.5)))) / 2**31))
-        angle = math.pi * float(np.float32(low)) / 2**31
-        assert found[j].item() == pytest.approx(radius * math.cos(angle), abs=1e-14)
-        if half + j < size:
-            assert found[half + j].item() == pytest.approx(radius * math.sin(angle), abs=1e-14)
+    seed, index, k, size = 5, 3, 7, 200
+    found = white(k, (1, size), torch.float64, seed, indices=[index])[0]
+
+    def half(block: int, place: int) -> float:
+        """Signed integer ``place`` of a block's 2 K, as float32 has it."""
+        counter, lane = divmod(K * block + place // 2, 4)
+        word = philox([counter + 1, k, 1, 0], [seed, noise.LAYOUT])[lane]
+        part = word >> 32 if place % 2 else word & (2**32 - 1)
+        return float(np.float32((part ^ 2**31) - 2**31))
+
+    for j in range(size):
+        block, place = divmod(index * size + j, 2 * K)
+        o = place % K
+        radius = math.sqrt(-2.0 * math.log(abs(float(np.float32(half(block, o)) + np.float32(0.5))) / 2**31))
+        angle = math.pi * half(block, K + o) / 2**31
+        wanted = radius * (math.cos(angle) if place < K else math.sin(angle))
+        assert found[j].item() == pytest.approx(wanted, abs=1e-14)
 
 
 def test_extreme_words_give_finite_normals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,14 +142,14 @@ def test_extreme_words_give_finite_normals(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_pinned_digests() -> None:
     words = noise._Philox().words(1, 0, 2, 3, 4, 1000)
-    assert hashlib.sha256(words.astype("<u8").tobytes()).hexdigest()[:16] == "72db9db3ce10c57a"
+    assert hashlib.sha256(words.astype("<u8").tobytes()).hexdigest()[:16] == "e9f105cf5970dc7e"
     # Rounded: the last bits belong to the processor's log, sin and cos.
     z = torch.cat([White(1).initial((4, 5), torch.float64), white(2, (4, 5), torch.float64, 1)])
     path = torch.cat(sweep(Brownian(1, 128).open((4, 5), torch.float64), [at(-3.0), at(0.0), at(0.1), at(2.0)]))
     assert [round(v, 9) for v in (z.sum().item(), z.norm().item(), path.sum().item(), path.norm().item())] == PINNED
 
 
-PINNED = [-3.160619529, 6.288054261, 0.742537428, 7.826050884]
+PINNED = [19.328721669, 6.838583161, 1.186094703, 7.484243926]
 
 
 # --------------------------------------------------------------------------------------------------------- distribution
@@ -199,7 +208,7 @@ def test_draws_samples_seeds_and_kinds_are_independent() -> None:
         for x, y in ((first, other), (first**2 - 1, (other**2 - 1) / 2)):
             assert abs(correlation(x, y)) < 5, name
         assert (first == other).sum() < 5, name
-    for lag in (1, 2, 24, 25, 26, 50):  # within a sample and across samples, halves of a pair included
+    for lag in (1, 2, 49, 50, 51, 127, 128, 129, 256):  # within a sample and across samples, the two normals of a pair included
         flat = first.flatten()
         assert abs(correlation(flat[lag:], flat[:-lag])) < 5
         assert abs(correlation(flat[lag:] ** 2 - 1, (flat[:-lag] ** 2 - 1) / 2)) < 5
@@ -257,7 +266,7 @@ def test_chunks_do_not_show(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     """A sample longer than a chunk, a chunk of several samples, and one chunk for all: the same bits."""
     for source in SOURCES:
         whole = together(source, (5, 1001), dtype)
-        for limit in (64, 100, 501, 1100):
+        for limit in (1, 2, 3, 19, 20):  # blocks
             monkeypatch.setattr(noise, "_CPU_CHUNK", limit)
             assert torch.equal(together(source, (5, 1001), dtype), whole), limit
             assert torch.equal(together(select(source, indices=[3]), (1, 1001), dtype)[0], whole[3]), limit
@@ -265,12 +274,20 @@ def test_chunks_do_not_show(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_chunks_never_reach_the_size_that_torch_splits_over_threads() -> None:
-    """and are whole vectors: the two things that keep torch's bits from depending on where a number sits."""
+    """which is what keeps torch's bits from depending on where a number sits; and they cover the batch once."""
     for size in (1, 2, 3, 5, 12, 3072, 12288, 40000, 10**6):
-        for batch in (1, 7, 64):
-            chunks = White().open((batch, size))._normals.chunks  # type: ignore[attr-defined]
-            assert all(chunk.padded % 64 == 0 and chunk.padded <= 1 << 14 for chunk in chunks)
-            assert sum(chunk.rows * chunk.columns for chunk in chunks) == batch * ((size + 1) // 2)
+        for indices in (range(64), range(3, 10), [5], [0, 2, 4, 4, 9, 8]):
+            chunks = White(indices=indices).open((len(indices), size))._normals.chunks  # type: ignore[attr-defined]
+            assert all(chunk.blocks * K <= 1 << 14 for chunk in chunks)
+            assert all(sum(piece[2] for piece in chunk.pieces) == chunk.blocks for chunk in chunks)
+            assert [chunk.start for chunk in chunks[1:]] == [chunk.stop for chunk in chunks[:-1]]
+            assert (chunks[0].start, chunks[-1].stop) == (0, len(indices) * size)
+
+
+def test_neighbours_share_the_blocks_they_are_in() -> None:
+    """A shard of every third sample of two numbers costs its blocks once, not one a sample."""
+    chunks = White(indices=range(0, 3000, 3)).open((1000, 2))._normals.chunks  # type: ignore[attr-defined]
+    assert sum(chunk.blocks for chunk in chunks) == math.ceil(2998 * 2 / (2 * K))
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=["white", "brownian"])
