@@ -12,7 +12,8 @@ of four 64-bit words and a key of two to four random words. Here
 
 and its words make one endless row of normals for each (seed, draw, kind, node), of which sample i of n numbers owns
 i n ... i n + n - 1. A block of 2 K normals, K = 128, takes K words; their 2 K halves, the low one first, are signed
-integers, of which the first K give radii and the last K angles. Normals (Box and Muller 1958), with both rounded to float32 and o = 0 ... K - 1,
+integers, of which the first K give radii and the last K angles. Normals (Box and Muller 1958), with both rounded to float32
+and o = 0 ... K - 1,
 
     r = sqrt(-2 log(|first_o + 1/2| / 2^31)),   angle = pi last_o / 2^31,   z_o = r cos(angle),   z_{K+o} = r sin(angle)
 

@@ -317,7 +317,7 @@ def test_a_field_too_steep_for_any_step():
     def jump(x, t):  # constant on either side, where any step will do
         return torch.where(t[:, None] > 0.5, 1e8, -1e8) * torch.ones_like(x)
 
-    with pytest.raises(StepLimitError, match=r"the step size vanished at t = 0\.5.*sample 0") as caught:
+    with pytest.raises(StepLimitError, match=r"the step size vanished at t = 0\.5 \(sample [01]\)") as caught:
         integrate(Adaptive(embedded(BOSH3), rtol=1e-18, atol=1e-12), Score(jump, Linear(), "velocity"), start(2), [0.9, 0.1])
     assert caught.value.partial.isfinite().all()
     assert caught.value.rejected > 0

@@ -326,10 +326,10 @@ def test_one_path_a_seed_at_any_number_of_steps() -> None:
         return torch.exp(torch.linspace(math.log(10.0), math.log(0.05), n + 1, dtype=torch.float64))
 
     def gap(noise: str) -> float:
-        coarse, fine = (run("ddpm", grid(n), seed=1, noise=noise) for n in (64, 128))
-        return float((coarse - fine).abs().mean())
+        coarse, fine = (run("ddpm", grid(n), x=randn(50, DIM, seed=3), seed=1, noise=noise) for n in (64, 128))
+        return float((coarse - fine).abs().median())  # few samples end at another fixed point
 
-    assert gap("brownian") < 0.4 * gap("white")
+    assert gap("brownian") < 0.2 * gap("white")
 
 
 def test_what_a_noise_sampler_is_asked_for() -> None:

@@ -526,17 +526,22 @@ def test_nll_of_a_model_is_the_closed_form() -> None:
 
 
 def test_nll_of_models_and_their_floor() -> None:
-    """The exact score is within the floor of its own density, and a score of data 10 % wider is not."""
+    """The exact score is within the floor of its own density, and a score of data 20 % wider is not."""
     small = problems.wrap(Gaussian(EDM(), torch.zeros(2, dtype=F64), var=torch.tensor([1.0, 0.3], dtype=F64)), (2,))
-    wide = Gaussian(EDM(), torch.zeros(2, dtype=F64), var=torch.tensor([1.21, 0.363], dtype=F64))
+    wide = Gaussian(EDM(), torch.zeros(2, dtype=F64), var=1.44 * torch.tensor([1.0, 0.3], dtype=F64))
     metric = metrics.metric("nll_model")
-    n = metric.enough(small, 0.1, 4)
+    n = metric.enough(small, 0.2, 4)
     assert n is not None
+    # log p - log q is a - b chi^2_2 / 2 with b = 1 - 1/1.44, so its mean is 2 log 1.2 - b and its deviation b
+    b = 1.0 - 1.0 / 1.44
+    assert n == pytest.approx((1.1 * (2.58 + 2.33) * b / (2.0 * math.log(1.2) - b)) ** 2, rel=0.2)
     blocks = [Block(n // 4, seed) for seed in range(4)]
     for problem, inside in ((small, True), (replace(small, network=lambda device, dtype: wide), False)):
         floor = metrics.floor(metric, problem, blocks)
         assert floor is not None
         assert metrics.within(metrics.measure(metric, problem, blocks), floor, metric) is inside
+    assert metrics.recommend(metric, small, 0.2).n == n
+    assert "the 256 samples a block" in metrics.recommend(metric, small, 0.05).reason
     assert "takes too long" in (metrics.metric("nll_model:largest=1").available(small) or "")
     assert metrics.floor(metric, problems.get("digits_network"), blocks) is None
     assert "no true data" in (metric.available(problems.wrap(Score(zero, EDM(), "F"), (2,))) or "")

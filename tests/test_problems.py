@@ -68,8 +68,9 @@ def test_draws_have_the_moments_that_the_problem_states(name: str) -> None:
     problem = problems.get(name)
     x = problem.truth(0, range(600 if name.partition(":")[0] in WIDE else 3000)).flatten(1)
     spread = problem.cov.diag() > 1e-12 * float(problem.cov.diag().max())
-    assert float(z_scores(x, problem.mean)[spread].max()) < 5.0
     off = x - problem.mean
+    # the stated variance, not that of the draws: a pixel that few images have may be missing from all of them
+    assert float((off.mean(0) / (problem.cov.diag() / len(x)).sqrt())[spread].abs().max()) < 5.0
     along = torch.randn(problem.dim, 8, generator=torch.Generator().manual_seed(1), dtype=F64)
     wanted = ((problem.cov @ along) * along).sum(0)
     assert float(z_scores((off @ along).square(), wanted).max()) < 5.0

@@ -123,7 +123,11 @@ def recommend(
     if reason is not None:
         return Recommendation(None, worse, blocks, math.nan, math.nan, reason)
     known = metric.enough(problem, worse, blocks)
+    blind = f"the {{}} samples a block that this metric looks at do not tell a sampler {100 * worse:g} % worse"
     if known is not None:
+        asked = Block(known // blocks, 0)
+        if 0 < metric.used(asked) < asked.asked:
+            return Recommendation(None, worse, blocks, math.nan, math.nan, blind.format(metric.used(asked)))
         return Recommendation(known, worse, blocks, math.nan, math.nan, "")
     m, effect, sd, refused = 16, math.nan, math.nan, ""
     reason = f"a sampler {100 * worse:g} % worse is not told from a perfect one by {most} samples"
@@ -141,8 +145,7 @@ def recommend(
         if worse_seen and abs(effect) > 1.1 * ((limit.high - limit.mean if above else limit.mean - limit.low) + 2.33 * sd):
             return Recommendation(m * blocks, worse, blocks, effect, sd, "")
         if metric.used(Block(2 * m, 0)) == metric.used(Block(m, 0)):
-            seen = metric.used(Block(m, 0))
-            reason = f"the {seen} samples a block that this metric looks at do not tell a sampler {100 * worse:g} % worse"
+            reason = blind.format(metric.used(Block(m, 0)))
             break
         m *= 2
     return Recommendation(None, worse, blocks, effect, sd, refused if math.isnan(effect) else reason)
