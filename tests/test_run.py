@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -240,8 +241,16 @@ def test_parts_in_any_order(out: Path, even: dict[str, str], monkeypatch: pytest
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_workers_share(out: Path, even: dict[str, str], count: int) -> None:
-    """Each of them makes some, none waits for another, and nothing is made twice."""
+def test_workers_share(out: Path, even: dict[str, str], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them makes some, and nothing is made twice. They meet in their first part: all have one, however fast it is."""
+    part, meeting, met = making.Maker._part, multiprocessing.get_context("fork").Barrier(count), []
+
+    def together(self: making.Maker, *work: Any) -> Any:
+        if not met:
+            met.append(meeting.wait(60.0))
+        return part(self, *work)
+
+    monkeypatch.setattr(making.Maker, "_part", together)
     pids = [fork(lambda k=k: quietly(replace(EVEN, out=out, batch=(1, 7, 64)[k]))) for k in range(count)]
     assert [ended(pid) for pid in pids] == [0] * count
     assert digests(out) == even
