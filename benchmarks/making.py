@@ -187,8 +187,10 @@ class Maker:
 
     def _floor(self, item: Item, model: Model) -> tuple[dict[str, Any], Tensors, dict[str, Any]]:
         with one_thread():
-            found = metrics.floor(self.metrics[item.about["metric"]], model.problem, self.blocks())
-        return {"floor": None if found is None else found.to_dict()}, {}, {}
+            metric, blocks = self.metrics[item.about["metric"]], self.blocks()
+            found = metrics.floor(metric, model.problem, blocks)
+            enough = None if found is None else metrics.enough(metric, model.problem, blocks)
+        return {"floor": None if found is None else found.to_dict(), "enough": enough}, {}, {}
 
     def _rows(self, item: Item, model: Model) -> tuple[dict[str, Any], Tensors, dict[str, Any]]:
         from .rows import rows_alone, rows_of_cell

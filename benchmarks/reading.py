@@ -98,12 +98,22 @@ def _sound(row: Row) -> bool:
         and (row["floor"] is None or _floor(row["floor"]))
         and (ends is None or (isinstance(ends, list) and len(ends) == 2 and _ends(ends)))
         and (values is None or (isinstance(values, list) and _ends(values)))
+        and (row.get("enough") is None or _enough(row["enough"]))
         and (row.get("cost") is None or isinstance(row["cost"], dict))
     )
 
 
 def _floor(floor: object) -> bool:
     return isinstance(floor, dict) and _finite(floor.get("mean")) and _ends([floor.get("low"), floor.get("high")])
+
+
+def _enough(enough: object) -> bool:
+    return (
+        isinstance(enough, dict)
+        and _finite(enough.get("worse"))
+        and isinstance(enough.get("why"), str)
+        and (enough.get("n") in (None, 0) or _count(enough["n"]))
+    )
 
 
 def _count(value: object) -> bool:

@@ -123,7 +123,7 @@ def _row(
 ) -> dict[str, Any]:
     sweep, problem = maker.sweep, model.problem
     value = low = high = values = None
-    floor, inside, n = None, None, sweep.n
+    floor, inside, enough, n = None, None, None, sweep.n
     note = why
     if not why:
         try:
@@ -141,7 +141,7 @@ def _row(
             else:
                 measured = metrics.measure(metric, problem, blocks)
                 value, low, high, n, values = measured.value, measured.low, measured.high, measured.n, list(measured.values)
-                perfect = _floor(maker, model, item, text, metric, blocks)
+                perfect, enough = _floor(maker, model, item, text, metric, blocks)
                 if perfect is not None:
                     floor, inside = perfect.to_dict(), bool(metrics.within(measured, perfect, metric))
         except ToolkitError as error:
@@ -162,6 +162,7 @@ def _row(
         "interval": None if low is None else [low, high],
         "floor": floor,
         "within_floor": inside,
+        "enough": enough,
         "n": n,
         "asked": sweep.n,
         "seeds": [sweep.seed + b for b in range(sweep.blocks)],
@@ -190,10 +191,13 @@ def _row(
     }
 
 
-def _floor(maker: Maker, model: Model, item: Item, text: str, metric: Any, blocks: list[Block]) -> Any:
-    """The floor from its own file, or, where it depends on the run, found here."""
+def _floor(
+    maker: Maker, model: Model, item: Item, text: str, metric: Any, blocks: list[Block]
+) -> tuple[metrics.Floor | None, dict[str, Any] | None]:
+    """The floor and the samples it takes, from their own file, or, where they depend on the run, found here."""
     for path in item.needs:
         if maker.items[path].kind == "floor" and maker.items[path].about["metric"] == text:
-            said = maker.needed(path).about["floor"]
-            return None if said is None else metrics.Floor(**said)
-    return metrics.floor(metric, model.problem, blocks)
+            said = maker.needed(path).about
+            return None if said["floor"] is None else metrics.Floor(**said["floor"]), said["enough"]
+    found = metrics.floor(metric, model.problem, blocks)
+    return found, None if found is None else metrics.enough(metric, model.problem, blocks)

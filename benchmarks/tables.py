@@ -75,6 +75,7 @@ COLUMNS: dict[str, Column] = {
     "floor_low": Column("float", _field("floor", "low")),
     "floor_high": Column("float", _field("floor", "high")),
     "within_floor": Column("bool", _field("within_floor")),
+    "enough": Column("int", _field("enough", "n")),
     "lower_is_better": Column("bool", _field("lower_is_better")),
     "n": Column("int", _field("n")),
     "blocks": Column("int", _field("blocks")),

@@ -16,7 +16,15 @@ def row(solver: str = "ddim", nfe: int = 8, value: float | None = 0.2, **change:
     floor = {"mean": 0.01, "sd": 0.002, "low": 0.005, "high": 0.015, "replicates": 32}
     found = {"model": "ring2", "solver": solver, "grid": "karras", "nfe": nfe, "budget": nfe, "metric": "sliced_w2"}
     found |= {"value": value, "interval": ends, "floor": floor, "within_floor": value is not None and value <= 0.015}
-    found |= {"n": 400, "seeds": [0, 1, 2, 3], "digest": "ab" * 32, "values": values, "unit": "std", "note": ""}
+    found |= {
+        "enough": {"worse": 0.05, "n": 1024, "why": ""},
+        "n": 400,
+        "seeds": [0, 1, 2, 3],
+        "digest": "ab" * 32,
+        "values": values,
+        "unit": "std",
+        "note": "",
+    }
     return {**found, "lower_is_better": True, "two_sided": False, **change}
 
 

@@ -130,6 +130,20 @@ def test_scales_and_floors_of_the_chart() -> None:
     assert found["floor"] is None
 
 
+@pytest.mark.parametrize(
+    ("enough", "words"),
+    [
+        ({"worse": 0.05, "n": 65536, "why": ""}, "65,536 samples tell a sampler 5 % worse from a perfect one."),
+        ({"worse": 0.1, "n": None, "why": "too few"}, "Too few."),
+        ({"worse": 0.05, "n": 0, "why": ""}, "No sampling noise hides a sampler 5 % worse."),
+        (None, ""),
+    ],
+)
+def test_how_many_samples_it_takes(enough: dict[str, Any] | None, words: str) -> None:
+    (found,) = chart(Study("", [row(enough=enough)]))["series"]
+    assert found["enough"] == words
+
+
 def test_a_line_keeps_its_look_over_the_page() -> None:
     """A colour a sampler and a dash a grid, the same on every model."""
     rows = [row(s, model=m, grid=g) for m in ("ring2", "rings") for s in ("a", "b") for g in ("karras", "log_snr")]
@@ -275,6 +289,7 @@ def test_in_a_browser(chromium: browser.Browser, tmp_path: Path) -> None:
     chromium.move(*place)
     assert "sampler_0, NFE 4" in chromium.js("document.getElementById('tip').innerText")
     assert "strong_error" in chromium.js("document.getElementById('chart-title').textContent")
+    assert "1,024 samples tell a sampler 5 % worse" in chromium.js("document.getElementById('floor-note').textContent")
     chromium.js("document.querySelector('#legend button').click()")
     assert chromium.js("document.querySelectorAll('#chart path.mark').length") == 90
     assert chromium.complaints == []

@@ -26,7 +26,7 @@ import tyro
 from sweeping import SWEEP, cheap, digests, ended, fork, in_memory, quietly
 
 from benchmarks import __main__ as command
-from benchmarks import claims, files, kept, lines, making, metrics, progress, provenance, rows, run, store, sweep
+from benchmarks import claims, files, kept, lines, making, metrics, problems, progress, provenance, rows, run, store, sweep
 from benchmarks.run import Place
 from benchmarks.sweep import Sweep
 from sde.errors import InputError, ResultsError, RunError
@@ -89,6 +89,8 @@ def test_one_command(out: Path, capfd: pytest.CaptureFixture[str], monkeypatch: 
         assert row["nfe"] == row["budget"]
         assert row["interval"][0] <= row["value"] <= row["interval"][1]
         assert 0.0 <= row["floor"]["low"] < row["floor"]["high"]
+        found = metrics.recommend(metrics.metric(row["metric"]), problems.get("ring2"), most=800)
+        assert row["enough"] == {"worse": 0.05, "n": found.n, "why": found.reason}
         assert (row["n"], row["seeds"], len(row["digest"])) == (200, [0, 1, 2, 3], 64)
         assert row["cost"]["samples"] == 200
     assert len({r["digest"] for r in rows}) == 8

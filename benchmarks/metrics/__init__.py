@@ -18,6 +18,7 @@ from .base import Metric as Metric
 from .base import measure as measure
 from .base import summarise as summarise
 from .floors import Recommendation as Recommendation
+from .floors import enough as enough
 from .floors import floor as floor
 from .floors import floor_key as floor_key
 from .floors import floor_missing as floor_missing

@@ -16,7 +16,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ from .statistics import Summary, merge
 REPLICATES = 32
 SEEDS = 1 << 62  # replicate r has the seed SEEDS + r: beyond those of any run
 CHUNK = 1 << 18  # numbers at a time, of whole samples, at most 4096 of them; fixed, so that floors are the same everywhere
-VERSION = 1
+VERSION = 2
+WORSE = 0.05  # the difference that every row says how many samples it takes to see
 
 
 def perfect(metrics: Sequence[Metric], problem: Problem, seed: int, m: int, worse: float = 0.0) -> Block:
@@ -149,6 +150,15 @@ def recommend(
             break
         m *= 2
     return Recommendation(None, worse, blocks, effect, sd, refused if math.isnan(effect) else reason)
+
+
+def enough(metric: Metric, problem: Problem, blocks: Sequence[Block]) -> dict[str, Any]:
+    """``recommend`` for a row of these blocks: {"worse": 0.05, "n": how many, "why": why there is no n}.
+
+    n is looked for up to four times the samples that there are; 0 means that the metric has no sampling noise at all.
+    """
+    found = recommend(metric, problem, WORSE, len(blocks), 4 * sum(b.asked for b in blocks))
+    return {"worse": found.worse, "n": found.n, "why": found.reason}
 
 
 def _replicates(metric: Metric, problem: Problem, m: int, blocks: int, replicates: int, worse: float) -> Tensor:

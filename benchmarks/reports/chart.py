@@ -47,6 +47,7 @@ def _series(of: Series, lines: Sequence[tuple[str, str]]) -> dict[str, Any]:
         "two_sided": bool(first.get("two_sided")),
         "log": is_log(of),
         "floor": floor(of.rows),
+        "enough": enough(of.rows),
         "lines": [{"id": lines.index(which), "points": [_point(r) for r in of.of(which)]} for which in of.lines],
     }
 
@@ -84,3 +85,13 @@ def floor(rows: Sequence[Row]) -> dict[str, float | None] | None:
         "low": None if None in lows else min(lows),
         "high": None if None in highs else max(highs),
     }
+
+
+def enough(rows: Sequence[Row]) -> str:
+    """How many samples it takes to see a difference, in words."""
+    for found in (row["enough"] for row in rows if row.get("enough")):
+        worse = f"a sampler {100 * found['worse']:g} % worse"
+        if found["n"]:
+            return f"{found['n']:,} samples tell {worse} from a perfect one."
+        return f"{found['why'][:1].upper()}{found['why'][1:]}." if found["why"] else f"No sampling noise hides {worse}."
+    return ""

@@ -129,7 +129,7 @@
     const raw = (r.log ? log : linear)(r.low, r.high, box.bottom, box.top);
     const Y = (v) => Math.min(box.bottom, Math.max(box.top, r.log && v <= 0 ? box.bottom : raw(v)));
     axes(svg, box, series, r, X, Y, calls);
-    floor(svg, box, series.floor, r, Y);
+    floor(svg, box, series, r, Y);
     front(svg, series, X, Y, points);
     for (const line of shown) curve(svg, line, X, Y, r);
     if (points.some((p) => outside(p, r))) find("floor-note").append(" Dotted marks at the edge are off the scale.");
@@ -155,19 +155,19 @@
     find("chart-title").textContent = `${series.metric}${unit}: ${better}`;
   };
 
-  const floor = (svg, box, level, r, Y) => {
+  const floor = (svg, box, series, r, Y) => {
+    const level = series.floor;
     const note = find("floor-note");
-    note.textContent = "";
     if (!level) {
       note.textContent = "No floor is known here.";
       return;
     }
     const said = `Floor ${number(level.mean)}, up to ${number(level.high)}`;
-    if (level.high < r.low || level.low > r.high) {
-      note.textContent = `${said}: ${level.high < r.low ? "below" : "above"} this picture.`;
-      return;
-    }
-    note.textContent = `${said}: values inside the grey band cannot be told from a perfect sampler.`;
+    const off = level.high < r.low || level.low > r.high;
+    const where = level.high < r.low ? "below" : "above";
+    const means = off ? `${where} this picture` : "values inside the grey band cannot be told from a perfect sampler";
+    note.textContent = `${said}: ${means}. ${series.enough}`;
+    if (off) return;
     const top = Y(Math.min(level.high ?? r.high, r.high));
     const bottom = Y(r.log && level.low <= 0 ? r.low : Math.max(level.low ?? r.low, r.low));
     const group = add(svg, "g", { class: "floor" });
