@@ -264,17 +264,16 @@ Array = Any  # an ndarray on the CPU in float32, a Tensor elsewhere: the two sha
 
 
 class _Scratch(NamedTuple):
-    """Working memory for some blocks, flat (blocks * _HALF,) and by block (blocks, _HALF)."""
+    """Working memory for some blocks: n = blocks * _HALF numbers each, or pairs of n."""
 
-    halves: Array  # (blocks * _BLOCK,), and its two parts by block
+    halves: Array  # (blocks, 2, _HALF) in float32, whose parts ``first`` and ``last`` are contiguous
     first: Array
     last: Array
-    radius: Array
+    radius: Array  # in float32 this is ``first``, and the next ``last``
     angle: Array
     cosine: Array
-    radii: Array
-    angles: Array
-    cosines: Array
+    sine: Array
+    pair: Array  # the last two again, (blocks, 2, _HALF)
 
 
 class _Chunk(NamedTuple):
@@ -308,8 +307,8 @@ class _Normals:
         self._scratch: dict[int, _Scratch] = {}
         longest = max((chunk.blocks for chunk in self.chunks), default=0)
         self._halves: Array = self._allocate(longest * _BLOCK, torch.float32)
-        self._polar = [self.empty(longest * _HALF) for _ in range(3)]
-        self._whole = self.empty(longest * _BLOCK)
+        self._polar = self._halves if self._working == torch.float32 else self.empty(longest * _BLOCK)
+        self._pair, self._whole = self.empty(longest * _BLOCK), self.empty(longest * _BLOCK)
         self._turn = self.empty(1)  # an array, whose dtype counts in a product of mixed dtypes, as a number's would not
         self._turn[:] = math.pi * 2.0**-31
 
@@ -388,10 +387,14 @@ class _Normals:
 
     def _views(self, blocks: int) -> _Scratch:
         """The scratch for that many blocks. Made once: small draws feel the cost of each slice."""
-        halves = self._halves[: blocks * _BLOCK]
-        flat = [x[: blocks * _HALF] for x in self._polar]
-        pairs = halves.reshape(blocks, 2, _HALF)
-        found = _Scratch(halves, pairs[:, 0], pairs[:, 1], *flat, *(x.reshape(blocks, _HALF) for x in flat))
+        n = blocks * _HALF
+
+        def parts(x: Array) -> tuple[Array, Array, Array]:
+            return x[: 2 * n].reshape(2, blocks, _HALF).swapaxes(0, 1), x[:n], x[n : 2 * n]
+
+        halves, first, last = parts(self._halves)
+        pair, cosine, sine = parts(self._pair)
+        found = _Scratch(halves, first, last, *parts(self._polar)[1:], cosine, sine, pair)
         self._scratch[blocks] = found
         return found
 
@@ -399,14 +402,14 @@ class _Normals:
         """Write ``scale`` times a chunk's normals to ``out``, (stop - start,)."""
         xp, (_, _, blocks, pieces, where) = self.xp, chunk
         views = self._scratch.get(blocks) or self._views(blocks)
-        halves, first, last, radius, angle, cosine, radii, angles, cosines = views
+        halves, first, last, radius, angle, cosine, sine, pair = views
         start = 0
         for seed, block, count in pieces:  # to float32: the rounding that every dtype shares
             words = self._philox.words(seed, block, draw, kind, node, count * _HALF)
-            halves[start : start + count * _BLOCK] = self._halves_of(words)
-            start += count * _BLOCK
+            halves[start : start + count] = self._halves_of(words).reshape(count, 2, _HALF)
+            start += count
         # Symmetric: every |first + 1/2| is met twice, none is 0. Added in float32 in every dtype, so that none is above 2^31.
-        xp.add(first, 0.5, out=radii)
+        xp.add(first, 0.5, out=radius)
         xp.abs(radius, out=radius)
         radius *= 2.0**-31
         xp.log(radius, out=radius)
@@ -414,19 +417,19 @@ class _Normals:
         xp.sqrt(radius, out=radius)
         if scale != 1.0:
             radius *= scale
-        xp.multiply(last, self._turn, out=angles)
+        xp.multiply(last, self._turn, out=angle)
         xp.cos(angle, out=cosine)
-        xp.sin(angle, out=angle)
+        xp.sin(angle, out=sine)
+        cosine *= radius
+        sine *= radius
         whole = out if where is None else self._whole[: blocks * _BLOCK]
-        z = whole.reshape(blocks, 2, _HALF)
-        xp.multiply(radii, cosines, out=z[:, 0])
-        xp.multiply(radii, angles, out=z[:, 1])
+        whole.reshape(blocks, 2, _HALF)[:] = pair
         if where is not None:
             out[:] = whole[where]
 
     def times(self, x: Array, factor: float) -> Array:
         """factor x, for x of a chunk's numbers: scratch that the next call overwrites."""
-        return self.xp.multiply(x, factor, out=self._whole[: len(x)])
+        return self.xp.multiply(x, factor, out=self._pair[: len(x)])
 
     def white(self, k: int, kind: int, like: Tensor | None, out: Tensor | None) -> Tensor:
         """Draw k, a function of (seed, i, k) alone."""
