@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 import threading
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -141,12 +142,12 @@ class Score(Predictor):
     @property
     def native_dtype(self) -> torch.dtype:
         """The dtype a state has unless told otherwise: float64 where the network's parameters are, else float32."""
-        found = (
-            next((p.dtype for p in self._module.parameters() if p.is_floating_point()), None)
-            if self._module is not None
-            else None
-        )
-        return torch.float64 if found is torch.float64 else torch.float32
+        return torch.float64 if self._parameter_dtype() is torch.float64 else torch.float32
+
+    def _parameter_dtype(self) -> torch.dtype | None:
+        if self._module is None:
+            return None
+        return next((p.dtype for p in self._module.parameters() if p.is_floating_point()), None)
 
     def row(self, knot: Knot) -> Row:
         """(a, b) of the raw output y = a x0 + b eps: floats at a knot of floats, tensors at a knot of tensors.
@@ -349,7 +350,8 @@ class Score(Predictor):
                     if isinstance(error, ToolkitError):
                         raise
                     place = "" if t is None else f" at t={t:g}"
-                    raise NetworkError(f"the network raised {type(error).__name__}{place}: {str(error)[:300]}", t=t) from error
+                    said = f"{type(error).__name__}{place}: {str(error)[:300]}{self._mixed(str(error), x, label)}"
+                    raise NetworkError(f"the network raised {said}", t=t) from error
                 if tracked and label._version != written:
                     self._last = None  # the labels kept for the next run are spoilt
                     raise NetworkError("the network changed its time label in place: let it work on a copy, t = t * 1000", t=t)
@@ -361,6 +363,17 @@ class Score(Predictor):
             return call
 
         return make
+
+    def _mixed(self, error: str, x: Tensor, label: Tensor) -> str:
+        """What to write where a network's ``error`` is about dtypes that do not go together, or nothing."""
+        if not re.search(r"dtype|[Tt]ype|Half|BFloat16|Double", error):
+            return ""
+        given, own = self.dtype or x.dtype, self._parameter_dtype()
+        if own not in (None, given):
+            return f" (its parameters are {own}, and x {given}: write Score(..., dtype={own}), or network.to({given}))"
+        if label.is_floating_point() and label.dtype is not given:
+            return f" (x is {given}, but the time label, which that would round, {label.dtype}: cast it inside, t.to(x.dtype))"
+        return ""
 
     def _accept(self, y: Any, x: Tensor, t: float | None, changed: bool) -> Tensor:
         """Everything off the good path: pick the element, then say what is wrong, or cast."""

@@ -606,6 +606,27 @@ def test_half_states_are_worked_on_in_float32():
         call(score, F32.half())
 
 
+@pytest.mark.parametrize("own", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes_that_do_not_go_together_say_what_to_write(own):
+    with pytest.raises(NetworkError, match=rf"parameters are {own}, and x torch.float32: write Score\(..., dtype={own}\)"):
+        call(Score(Recorder(own), VP()))
+    mixes = Recorder(own)
+    mixes.layer = nn.Linear(3, 2).to(own)
+    mixes.forward = lambda x, t: mixes.layer(torch.cat([x, t[:, None]], 1))
+    if own is not torch.float64:  # its label is in float32 or more
+        with pytest.raises(NetworkError, match=r"cast it inside, t.to\(x.dtype\)"):
+            call(Score(mixes, VP(), dtype=own))
+    with pytest.raises(NetworkError, match=r"not 3 things$"):  # another error is left as it is
+        call(Score(raising("not 3 things"), VP()))
+
+
+def raising(words):
+    def network(x, t):
+        raise ValueError(words)
+
+    return network
+
+
 def test_b17_float16_range():
     with pytest.raises(InputError, match="float16 overflows at t=20000"):
         call(Score(Recorder(torch.float16), EDM(T=2e4), dtype=torch.float16), t=2e4)
