@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sde.errors import ToolkitError
+from sde.errors import ResultsError, ToolkitError
 
 from . import metrics
 from .metrics import Block
@@ -23,6 +24,39 @@ from .sweep import SCHEMA, Item
 
 if TYPE_CHECKING:
     from .making import Maker
+
+
+@dataclass
+class InFiles:
+    """The samples of a block as its parts' files keep them, at most ``limit``: those of one part in memory at a time."""
+
+    maker: Maker
+    limit: int
+    ends: list[int] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    _held: tuple[str, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def add(self, path: str, x: Tensor) -> None:
+        """The next part: of a folder that keeps more samples than metrics look at, perhaps none."""
+        if count := min(len(x), self.limit - len(self)):
+            self.paths.append(path)
+            self.ends.append(len(self) + count)
+
+    def __getitem__(self, span: slice) -> Tensor:
+        first, last, _ = span.indices(len(self))
+        found = []
+        for path, a, b in zip(self.paths, [0, *self.ends], self.ends, strict=False):
+            if a < last and first < b:
+                found.append(self._part(path)[max(first - a, 0) : last - a])
+        return torch.cat(found)
+
+    def _part(self, path: str) -> Tensor:
+        if self._held is None or self._held[0] != path:
+            self._held = path, self.maker.needed(path).tensors["x"]
+        return self._held[1]
 
 
 class Merged:
@@ -42,23 +76,20 @@ class Merged:
         self.blocks = [self._block(block, paths, m) for block, paths in sorted(by_block.items())]
 
     def _block(self, block: int, paths: list[str], m: int) -> Block:
-        samples: list[Tensor] = []
-        summaries = self._summaries(paths, block, samples)
+        kept = InFiles(self.maker, self.maker.looked_at())
+        summaries = self._summaries(paths, block, kept)
         first = next(summaries, None)
         summary = {} if first is None else metrics.merge(chain([first], summaries))
-        kept = torch.cat(samples) if samples else None
-        return Block(asked=m, seed=self.maker.sweep.seed + block, summary=summary, samples=kept)
+        return Block(asked=m, seed=self.maker.sweep.seed + block, summary=summary, samples=kept if len(kept) else None)
 
-    def _summaries(self, paths: list[str], block: int, samples: list[Tensor]) -> Iterator[dict[str, Tensor]]:
+    def _summaries(self, paths: list[str], block: int, kept: InFiles) -> Iterator[dict[str, Tensor]]:
         for path in paths:
             part = self.maker.needed(path)
             tensors = self._note(part, block)
             if tensors is None:
                 return
-            x = tensors.pop("x", None)
-            wanted = self.maker.looked_at() - sum(map(len, samples))
-            if x is not None and wanted > 0:  # a folder may keep more of them than metrics look at
-                samples.append(x[:wanted])
+            if "x" in tensors:
+                kept.add(path, tensors.pop("x"))
             if tensors:
                 yield tensors
 
@@ -144,6 +175,8 @@ def _row(
                 perfect, enough = _floor(maker, model, item, text, metric, blocks)
                 if perfect is not None:
                     floor, inside = perfect.to_dict(), bool(metrics.within(measured, perfect, metric))
+        except ResultsError:  # a part that was whole a moment ago: it is made again first
+            raise
         except ToolkitError as error:
             note = str(error)
     if cell is not None and cell.bad:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import metrics, problems
 from benchmarks.endpoints import End
-from benchmarks.metrics import Block, features, kernel, levels, likelihood, neighbours, statistics, transport
+from benchmarks.metrics import Block, features, kernel, levels, likelihood, neighbours, sliced, statistics, transport
 from benchmarks.metrics.floors import spoil
 from benchmarks.metrics.gaussian import kl
 from scores import Gaussian, Score
@@ -226,6 +226,10 @@ def test_samples_are_checked() -> None:
     x[1, 0] = math.inf
     with pytest.raises(InputError, match="not finite in 1 of 6"):
         metrics.metric("sliced_w2").value(problem, Block(6, 0, samples=x))
+    many = problem.truth(0, range(5000))  # more than are looked at at once
+    many[4500] = math.nan
+    with pytest.raises(InputError, match=r"first: number 4500\)"):
+        metrics.metric("sliced_w2").value(problem, Block(5000, 0, samples=many))
     with pytest.raises(InputError, match="at least 2 are needed"):
         _ = statistics.moments(x[:1]).cov
     with pytest.raises(InputError, match="not finite"):
@@ -308,10 +312,12 @@ def test_sliced_w2_by_hand() -> None:
     squares = [np.mean((np.sort(x.numpy() @ v) - np.sort(y.numpy() @ v)) ** 2) for v in along.T.numpy()]
     assert metrics.sliced_w2(x, y, along) == pytest.approx(math.sqrt(np.mean(squares)), rel=1e-12)
     problem = problems.get("gauss64")
-    z, truth = problem.truth(0, range(20)), problem.truth(0, range(20), problems.REFERENCE)
     along = metrics.directions(64, 128)
-    wanted = metrics.sliced_w2(z, truth, along) / problem.std
-    assert value("sliced_w2", problem, z) == pytest.approx(wanted, rel=1e-12)
+    assert sliced.MOST < 128 * 9000
+    for n in (9000, 20):  # more than come into memory at once, and fewer
+        z, truth = problem.truth(5, range(n)) + 0.1, problem.truth(0, range(n), problems.REFERENCE)
+        wanted = metrics.sliced_w2(z, truth, along) / problem.std
+        assert value("sliced_w2", problem, z) == pytest.approx(wanted, rel=1e-12)
     worst = max(metrics.sliced_w2(z, truth, along[:, i : i + 1]) for i in range(128)) / problem.std
     assert value("max_sliced_w2", problem, z) == pytest.approx(worst, rel=1e-12)
     assert value("sliced_w2:count=16", problem, z) != value("sliced_w2", problem, z)

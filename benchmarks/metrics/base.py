@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -24,6 +24,21 @@ from ..problems import Problem
 from .levels import Floor, t_quantile
 from .statistics import Moments, Summary, merge, unpack
 
+CHUNK = 1 << 18  # numbers at a time, of whole samples, at most 4096 of them; fixed, so that sums have the same bits everywhere
+
+
+def chunks(count: int, d: int) -> Iterator[range]:
+    """The indices of ``count`` samples of d numbers, so many at a time as take little memory."""
+    step = max(1, min(4096, CHUNK // d))
+    return (range(low, min(count, low + step)) for low in range(0, count, step))
+
+
+class Samples(Protocol):
+    """The samples of a block, in memory or not: how many, and some of them, (B, *shape). A tensor is one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, span: slice, /) -> Tensor: ...
+
 
 class Statistic(Protocol):
     """What a part keeps for a metric. Equal statistics are measured once."""
@@ -35,12 +50,12 @@ class Statistic(Protocol):
 
 @dataclass(frozen=True)
 class Block:
-    """One block of samples as measured: how many were asked for, the seed, and the merged statistics or the samples."""
+    """One block of samples as measured: how many were asked for, the seed, and the merged statistics or where samples are."""
 
     asked: int
     seed: int
     summary: Mapping[str, Tensor] = field(default_factory=dict)
-    samples: Tensor | None = None
+    samples: Samples | None = None
 
     def moments(self, name: str) -> Moments:
         """The moments of a statistic; refused where they are not of the samples asked for."""
@@ -58,6 +73,10 @@ class Block:
 
     def first(self, limit: int) -> Tensor:
         """The first ``limit`` samples, (n, d) float64."""
+        return torch.cat(list(self.rows(limit)))
+
+    def rows(self, limit: int) -> Iterator[Tensor]:
+        """The same in ``chunks``: for metrics that look at so many samples that they should not be in memory at once."""
         if self.samples is None:
             raise InputError(f"the block of seed {self.seed} holds no samples: keep them for this metric")
         used = min(self.asked, limit)
@@ -65,11 +84,13 @@ class Block:
             self._check(len(self.samples), "samples")
         if used < 2:
             raise InputError(f"{used} samples: a distance between sets needs at least 2")
-        x = self.samples[:used].detach().double().reshape(used, -1)
-        bad = ~x.isfinite().all(1)
-        if bool(bad.any()):
-            raise InputError(f"samples are not finite in {int(bad.sum())} of {used} (first: {int(bad.nonzero()[0])})")
-        return x
+        for span in chunks(used, self.samples[:1].numel()):
+            x = self.samples[span.start : span.stop].detach().double().reshape(len(span), -1)
+            bad = ~x.isfinite().all(1)
+            if bool(bad.any()):
+                first = span.start + int(bad.nonzero()[0])
+                raise InputError(f"samples are not finite in {int(bad.sum())} of {len(span)} (first: number {first})")
+            yield x
 
     def _check(self, count: int, what: str) -> None:
         if count != self.asked:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,37 +24,45 @@ from torch import Tensor
 from sde.errors import InputError, ToolkitError
 
 from ..problems import PERFECT, Problem
-from .base import Block, Measured, Metric, check_blocks, summarise
+from .base import Block, Measured, Metric, check_blocks, chunks, summarise
 from .levels import Floor, floor_of
 from .likelihood import no_density
 from .statistics import Summary, merge
 
 REPLICATES = 32
 SEEDS = 1 << 62  # replicate r has the seed SEEDS + r: beyond those of any run
-CHUNK = 1 << 18  # numbers at a time, of whole samples, at most 4096 of them; fixed, so that floors are the same everywhere
 VERSION = 2
 WORSE = 0.05  # the difference that every row says how many samples it takes to see
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """The first ``count`` samples of a perfect sampler, or of one that is ``worse``: each is drawn when it is looked at."""
+
+    problem: Problem
+    seed: int
+    count: int
+    worse: float
+    sees: str
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, span: slice) -> Tensor:
+        x = self.problem.truth(self.seed, range(self.count)[span], PERFECT)
+        return spoil(self.problem, x, self.worse, self.sees) if self.worse else x
+
+
 def perfect(metrics: Sequence[Metric], problem: Problem, seed: int, m: int, worse: float = 0.0) -> Block:
     """A block of m samples of a perfect sampler (or one that is ``worse``), for these metrics."""
-    keep = max((min(m, q.limit) for q in metrics if q.needs == "samples"), default=0)
-    wanted = any(q.statistic is not None for q in metrics)
-    step = max(1, min(4096, CHUNK // problem.dim))
-    kept: list[Tensor] = []
+    drawn = Drawn(problem, seed, m, worse, metrics[0].sees)
 
     def summaries() -> Iterator[Summary]:  # merged as they come: memory does not grow with m
-        for low in range(0, m if wanted else keep, step):
-            indices = range(low, min(m, low + step))
-            x = problem.truth(seed, indices, PERFECT)
-            if worse:
-                x = spoil(problem, x, worse, metrics[0].sees)
-            if low < keep:
-                kept.append(x[: keep - low])
-            yield summarise(metrics, problem, x, None, indices) if wanted else {}
+        for span in chunks(m, problem.dim):
+            yield summarise(metrics, problem, drawn[span.start : span.stop], None, span)
 
-    summary = merge(summaries()) if wanted or keep else {}
-    return Block(m, seed, summary, torch.cat(kept) if kept else None)
+    wanted = any(q.statistic is not None for q in metrics)
+    return Block(m, seed, merge(summaries()) if wanted else {}, drawn)
 
 
 def spoil(problem: Problem, x: Tensor, worse: float, what: str = "spread") -> Tensor:
