@@ -94,26 +94,36 @@ def undisturbed(memory: Path) -> tuple[dict[str, str], float]:
     return digests(out), took
 
 
+def made(out: Path) -> int:
+    """Files that are made, while others come and go."""
+    return sum(name.endswith(".safetensors") for _, _, names in os.walk(out) for name in names)
+
+
+def until(pid: int, out: Path, count: int) -> None:
+    """Wait until so many files are made, or the process is over."""
+    while made(out) < count and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(1e-3)
+
+
 def test_kills_at_random_moments(memory: Path, undisturbed: tuple[dict[str, str], float]) -> None:
-    """At least a hundred: 0 lost, 0 doubled, the same bytes in the same files. ``reach`` follows the load of the machine, so
-    that kills come in the middle of the work.
+    """At least a hundred: 0 lost, 0 doubled, the same bytes in the same files. Each comes at a random moment after a few more
+    files than the last kill left, so that they come in the middle of the work whatever the load of the machine.
     """
     chance, kills, sweeps, moments = random.Random(0), 0, 0, set[int]()
-    wanted, reach = undisturbed
+    wanted, took = undisturbed
     while kills < KILLS:
-        out, left = memory / "killed", -1
+        out, left = memory / "killed", 0
         while True:
             pid = fork(lambda out=out: quietly(replace(SHORT, out=out)))
             if kills < KILLS:
-                time.sleep(chance.uniform(0.0, reach))
+                until(pid, out, left + chance.randrange(5))
+                time.sleep(chance.uniform(0.0, 0.1 * took))
                 os.kill(pid, signal.SIGKILL)
             status = ended(pid)
             assert status in (0, -signal.SIGKILL)
             if status == 0:
-                reach *= 0.8
                 break
-            before, left = left, len(list(out.rglob("*.safetensors")))
-            reach *= 1.1 if before == left else 0.95
+            left = made(out)
             kills += 1
             moments.add(left)
         assert digests(out) == wanted
