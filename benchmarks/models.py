@@ -12,7 +12,6 @@ import importlib
 import inspect
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path as File
 from typing import Any
 
 import torch
@@ -74,17 +73,15 @@ def load(text: str, sweep: Sweep, device: torch.device) -> Model:
 
 
 def _own(text: str, sweep: Sweep, device: torch.device) -> tuple[Problem, str]:
-    """The problem that module:function gives, and the digest of the module's source."""
-    function, module = _function(text)
+    """The problem that module:function gives, and a digest of its data and of the code that is the caller's own."""
+    function = _function(text)
     try:
         wants = "device" in inspect.signature(function).parameters
         found = function(device=device) if wants else function()
     except Exception as error:
         raise RunError(f"--model {text}: {function.__name__}() raised {type(error).__name__}: {str(error)[:300]}") from error
-    source = getattr(module, "__file__", None)
-    digest = hashlib.sha256(File(source).read_bytes()).hexdigest() if source and File(source).is_file() else ""
     if isinstance(found, Problem):
-        return replace(found, name=text), digest
+        return replace(found, name=text), _digest(found, function, found.network)
     score, data = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
     if not isinstance(score, Predictor):
         kind = type(score).__name__
@@ -94,10 +91,19 @@ def _own(text: str, sweep: Sweep, device: torch.device) -> tuple[Problem, str]:
     shape = sweep.shape or (tuple(data.shape[1:]) if data is not None else tuple(getattr(score, "event_shape", ())))
     if not shape:
         raise InputError(f"--model {text} does not say the shape of a sample: give it, such as --shape 3 32 32")
-    return problems.wrap(score, shape, name=text, data=data), digest
+    problem = problems.wrap(score, shape, name=text, data=data)
+    return problem, _digest(problem, function, getattr(score, "network", None))
 
 
-def _function(text: str) -> tuple[Any, Any]:
+def _digest(problem: Problem, function: Any, network: Any) -> str:
+    """Of what the weights do not tell: the data, and the code that is the caller's own."""
+    parts = network.modules() if isinstance(network, nn.Module) else [network]
+    used = {getattr(part, "__module__", None) or "" for part in (function, *parts)}
+    words = provenance.sources(used), provenance.weights((problem.data, problem.held_out, problem.features))
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()
+
+
+def _function(text: str) -> Any:
     name, _, attribute = text.partition(":")
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name) or not re.fullmatch(r"[A-Za-z_]\w*", attribute):
         raise InputError(f"--model {text!r}: give a built-in problem, or module:function, such as my_module:load_score")
@@ -114,7 +120,7 @@ def _function(text: str) -> tuple[Any, Any]:
     if not callable(function):
         known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
         raise InputError(f"--model {text}: {name} has no function {attribute!r}: {nearest(attribute, known)}")
-    return function, module
+    return function
 
 
 # --- precision and compilation ------------------------------------------------------------------------------------------------

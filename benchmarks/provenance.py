@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import platform
+import re
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path as File
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -44,6 +47,50 @@ def _sources() -> Iterator[File]:
         one = here / f"{name}.py"
         yield from [one] if one.is_file() else []
         yield from (p for p in (here / name).rglob("*") if p.suffix in (".py", ".safetensors"))
+
+
+def named(metrics: Iterable[str]) -> dict[str, str]:
+    """Digests of the files and folders that metrics name, such as reference statistics: numbers depend on them."""
+    words = {word for text in metrics for word in re.split("[:=,]", text)[1:] if re.search(r"[./\\]", word)}
+    return {word: _contents(File(word)) for word in sorted(words) if File(word).exists()}
+
+
+def _contents(path: File) -> str:
+    found = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        found.update(f"{file.relative_to(path).as_posix()} {file.stat().st_size}\n".encode())
+        with open(file, "rb") as data:
+            while piece := data.read(1 << 20):
+                found.update(piece)
+    return found.hexdigest()[:16]
+
+
+def sources(names: Iterable[str]) -> str:
+    """sha256 of the source of modules, and of those that they import, as far as they are the caller's own: neither of the
+    standard library, nor installed, nor of this toolkit. Modules that only a function imports are not seen.
+    """
+    found, todo, files = hashlib.sha256(), sorted(set(names)), dict[str, File]()
+    while todo:
+        name = todo.pop()
+        module = sys.modules.get(name)
+        where = getattr(module, "__file__", None)
+        if where is None or name in files:
+            continue
+        file = File(where).resolve()
+        if not file.is_file() or any(file.is_relative_to(place) for place in _foreign()):
+            continue
+        files[name] = file
+        held = list(vars(module).values())
+        todo += {v.__name__ if isinstance(v, ModuleType) else getattr(v, "__module__", None) or "" for v in held} - {""}
+    for name, file in sorted(files.items()):
+        found.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()
+
+
+@functools.cache
+def _foreign() -> list[File]:
+    libraries = (sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
+    return [*(File(p).resolve() for p in libraries if p), *(ROOT / name for name in (*SOURCES, "benchmarks"))]
 
 
 @functools.cache

@@ -68,7 +68,7 @@ def compare(found: Mapping[str, Any], wanted: Mapping[str, Any], out: File) -> N
         if before is not None and before["shape"] != model["shape"]:
             apart.append(f"samples of {name} were {tuple(before['shape'])}, are {tuple(model['shape'])}")
         elif before is not None and before["digest"] != model["digest"]:
-            apart.append(f"weights or code of {name} have changed (digest {before['digest']}, now {model['digest']})")
+            apart.append(f"weights, data or code of {name} have changed (digest {before['digest']}, now {model['digest']})")
     if wanted["n"] < found["n"]:
         apart.append(f"-n was {found['n']}, is {wanted['n']}: it may grow, not shrink")
     if apart:

@@ -118,12 +118,14 @@ class Worker:
             self._loaded = load(name, self.sweep, self.device)
             first = self._facts.setdefault(name, self._loaded.facts)
             if self._loaded.facts != first:
-                raise RunError(f"--model {name}: its weights or code have changed while the sweep ran: what is made is kept")
+                raise RunError(
+                    f"--model {name}: its weights, data or code have changed while the sweep ran: what is made is kept"
+                )
         return self._loaded
 
     def work(self) -> None:
         """Everything, from an empty folder or from wherever it stands."""
-        code = provenance.code()
+        code = {**provenance.code(), **provenance.named(self.sweep.metric)}
         plans = [(self.model(name).facts, self._measures(self.model(name))) for name in self.sweep.model]
         origin = {
             "versions": provenance.versions(),

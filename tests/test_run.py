@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -335,7 +336,7 @@ def test_other_weights_are_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -
     assert quietly(asked) == 0
     before = digests(out)
     monkeypatch.setenv("SHRINK", "0.6")
-    with pytest.raises(ResultsError, match="weights or code of tiny_models:quick have changed"):
+    with pytest.raises(ResultsError, match="weights, data or code of tiny_models:quick have changed"):
         quietly(asked)
     assert digests(out) == before
     assert quietly(replace(asked, force_new=True)) == 0
@@ -343,6 +344,46 @@ def test_other_weights_are_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("SHRINK", "0.5")
     with pytest.raises(ResultsError, match="have changed"):
         quietly(asked)
+
+
+CHANGED = "weights, data or code of .* have changed"
+
+
+def test_other_data_code_and_references_are_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one folder are of one model, one set of data, one reference: what is imported by the model's module counts."""
+    here = out.with_name("a project")
+    here.mkdir()
+    monkeypatch.syspath_prepend(str(here))
+    net = "import torch\n\n\nclass Net(torch.nn.Module):\n    def forward(self, x, t):\n        return %s * x\n"
+    body = "import torch\nimport sweep_net\nfrom sde import EDM\nfrom scores import Score\n\n\ndef load():\n"
+    body += "    return Score(sweep_net.Net(), EDM()), torch.load(%r)\n"
+    (here / "sweep_model.py").write_text(body % str(here / "data.pt"))
+
+    def state(factor: float, shift: float) -> None:
+        (here / "sweep_net.py").write_text(net % factor)
+        torch.save(tiny_models.data() + shift, here / "data.pt")
+        for name in ("sweep_model", "sweep_net"):
+            sys.modules.pop(name, None)
+
+    asked = replace(BRIEF, model=("sweep_model:load",), metric=("mean_error",), out=out)
+    for change in ((0.5, 0.0), (0.25, 1.0)):
+        state(0.25, 0.0)
+        assert quietly(replace(asked, force_new=True)) == 0
+        state(*change)
+        with pytest.raises(ResultsError, match=CHANGED):
+            quietly(asked)
+    state(0.25, 0.0)
+    assert quietly(asked) == 0
+
+    statistics = here / "r.npz"
+    for mean in (0.0, 1.0):
+        np.savez(statistics, mu=np.full(3, mean), sigma=np.eye(3))
+        judged = replace(asked, metric=(f"fd:reference={statistics}",), out=out.with_name("judged"))
+        if mean:
+            with pytest.raises(ResultsError, match=r"r\.npz was \w+, is \w+"):
+                quietly(judged)
+        else:
+            assert quietly(judged) == 0
 
 
 def test_weights_that_change_while_the_sweep_runs_are_seen(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,7 +396,7 @@ def test_weights_that_change_while_the_sweep_runs_are_seen(out: Path, monkeypatc
         return real(self, item)
 
     monkeypatch.setattr(making.Maker, "make", replaced)
-    with pytest.raises(RunError, match="its weights or code have changed while the sweep ran"):
+    with pytest.raises(RunError, match="its weights, data or code have changed while the sweep ran"):
         quietly(two)
     assert store.read(out).rows == []
     monkeypatch.undo()

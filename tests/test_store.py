@@ -506,7 +506,7 @@ def contents(out: Path) -> dict[str, bytes]:
         (replace(SMALL, device="cuda:1"), FACTS, CODE, "--device was cpu, is cuda"),
         (replace(SMALL, n=12), FACTS, CODE, "-n was 24, is 12: it may grow, not shrink"),
         (replace(SMALL, part=4), FACTS, CODE, "--part was 3, is 4"),
-        (SMALL, Facts("m", "e", (2,)), CODE, r"weights or code of m have changed \(digest d, now e\)"),
+        (SMALL, Facts("m", "e", (2,)), CODE, r"weights, data or code of m have changed \(digest d, now e\)"),
         (SMALL, Facts("m", "d", (3,)), CODE, r"samples of m were \(2,\), are \(3,\)"),
         (SMALL, FACTS, {**CODE, "toolkit": "u"}, "the code of this toolkit was t, is u"),
         (SMALL, FACTS, {**CODE, "torch": "3"}, "torch was 2, is 3"),
