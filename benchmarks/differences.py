@@ -63,7 +63,7 @@ def both_at_floor(a: Row, b: Row) -> bool:
 
 
 def badness(row: Row) -> float:
-    """The value as a number of which less is better: its distance from the floor where a metric is two-sided."""
+    """The value as a number of which less is better."""
     return _turned(row, row["value"])
 
 
@@ -103,10 +103,16 @@ def _gauss() -> tuple[Any, Any]:
 
 
 def _turned(row: Row, value: float) -> float:
+    """As a number of which less is better. What looks better than any perfect sampler is as bad as what looks worse by as much:
+    a row beyond that side of its floor is mirrored.
+    """
+    lower, floor = row.get("lower_is_better", True), row.get("floor")
     if row.get("two_sided"):
-        target = row["floor"]["mean"] if row.get("floor") else 0.0
+        target = floor["mean"] if floor else 0.0
         return value - target if row["value"] >= target else target - value
-    return value if row.get("lower_is_better", True) else -value
+    if floor and floor.get("replicates") and (row["value"] < floor["low"] if lower else row["value"] > floor["high"]):
+        value = 2.0 * floor["mean"] - value
+    return value if lower else -value
 
 
 def _blocks(row: Row) -> list[float] | None:

@@ -249,7 +249,7 @@ class Bench:
         if made.blocks and metric.flow_only and not line.flow(None):
             note, blocks = f"{text} is of samplers of the probability flow", []
         found = metrics.measure(metric, problem, blocks) if blocks else None
-        inside = None if found is None or floor is None else metrics.within(found, floor, metric)
+        inside = None if found is None or floor is None else metrics.within(found, floor)
         return {
             "model": self.outcome.name,
             "solver": line.name,

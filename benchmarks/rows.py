@@ -174,7 +174,7 @@ def _row(
                 value, low, high, n, values = measured.value, measured.low, measured.high, measured.n, list(measured.values)
                 perfect, enough = _floor(maker, model, item, text, metric, blocks)
                 if perfect is not None:
-                    floor, inside = perfect.to_dict(), bool(metrics.within(measured, perfect, metric))
+                    floor, inside = perfect.to_dict(), bool(metrics.within(measured, perfect))
         except ResultsError:  # a part that was whole a moment ago: it is made again first
             raise
         except ToolkitError as error:

@@ -168,8 +168,10 @@ def test_within_both_floors_nothing_changes() -> None:
 
 
 def test_more_is_better_and_nearest_to_the_floor_is_best() -> None:
-    high = [row(value=v, metric="recall", lower_is_better=False, digest=digest(v)) for v in (0.8, 0.4)]
-    assert verdicts(high[:1], high[1:]) == {"ddim": "worse"}
+    top = {"mean": 0.9, "sd": 0.01, "low": 0.87, "high": 0.93, "replicates": 32}
+    high = [row(value=v, metric="recall", lower_is_better=False, floor=top, digest=digest(v)) for v in (0.8, 0.4, 1.8)]
+    assert verdicts(high[:1], high[1:2]) == {"ddim": "worse"}
+    assert verdicts(high[:1], high[2:]) == {"ddim": "worse"}  # better than any perfect sampler is not good
     floor = {"mean": 1.0, "sd": 0.01, "low": 0.97, "high": 1.03, "replicates": 32}
     nll = [
         row(value=v, values=[v - 0.001, v + 0.001, v, v], metric="nll", two_sided=True, floor=floor, digest=digest(v))
@@ -177,6 +179,10 @@ def test_more_is_better_and_nearest_to_the_floor_is_best() -> None:
     ]
     assert verdicts(nll[:1], nll[1:2]) == {"ddim": "better"}
     assert verdicts(nll[1:2], nll[2:]) == {"ddim": "worse"}
+    near, narrow = (
+        row(value=v, values=[v - 0.001, v + 0.001, v, v], metric="w2", floor=floor, digest=digest(v)) for v in (1.1, 0.5)
+    )
+    assert verdicts([near], [narrow]) == {"ddim": "worse"}
 
 
 def test_what_unequal_floors_leave_in_doubt_is_no_change() -> None:
