@@ -25,7 +25,7 @@ from sde.errors import InputError, ToolkitError
 from solvers import trace
 from solvers.grids import make_grid
 
-from . import costs, files, graphs, peers, provenance
+from . import costs, files, graphs, peers, provenance, reading
 from .models import load
 from .peer_tables import LOOPS, cost_lines, micros, shape
 from .sweep import Sweep
@@ -50,8 +50,9 @@ class Gpu:
     """Folder of the results."""
     device: str = "cuda"
     """cuda, cuda:1; or cpu, for a small rehearsal of the same code."""
-    model: tuple[str, ...] = ("digits_network", "gmm256:vp")
-    """As for run: built-in problems, or module:function. Costs and graphs are of the first."""
+    model: tuple[str, ...] = ()
+    """As for run: built-in problems, or module:function (default: digits_network, and gmm256:vp, which is no network that could
+    be cast or compiled, where neither is asked for). Costs and graphs are of the first."""
     solver: tuple[str, ...] = ("ddim", "dpmpp_2m", "deis_rho_3", "unipc_3", "heun")
     """Of the quality sweep, beside other libraries' lines."""
     nfe: tuple[int, ...] = ()
@@ -85,7 +86,7 @@ def run(config: Gpu) -> int:
     status = quality(config, absent)
     if status:
         return status
-    pages = [f"**NFE against quality**: {files.show(str(out / 'quality' / 'results.jsonl'))}"]
+    pages = [quality_lines(out / "quality")]
     of = {**asdict(config), "absent": sorted(absent), "device": provenance.device_name(device)}
     of = _as_json({key: value for key, value in of.items() if key not in ("out", "force_new")})
     for name, make in (("overhead", overhead), ("cost", cost), ("graph", graph)):
@@ -124,8 +125,10 @@ def check(config: Gpu) -> torch.device:
 def sized(config: Gpu, device: torch.device) -> Gpu:
     """The options with their sizes, by the kind of device."""
     cuda = device.type == "cuda"
+    as_it_is = config.dtype in ("float32", "float64") and config.compile == "no"
     return replace(
         config,
+        model=config.model or ("digits_network", *(("gmm256:vp",) if as_it_is else ())),
         nfe=config.nfe or ((5, 10, 20, 50) if cuda else (5, 10)),
         n=config.n or (20_000 if cuda else 64),
         batch=config.batch or (256 if cuda else 16),
@@ -247,6 +250,21 @@ def cost(config: Gpu, device: torch.device, absent: set[str]) -> tuple[str, list
     found = costs.on_model(score, good, x, nfe, problem.start, problem.stop, config.seconds)
     text = cost_lines(found, f"{config.model[0]}, {len(x)} samples, at most {nfe} calls")
     return "\n".join(filter(None, [text, note])), [asdict(row) for row in found]
+
+
+def quality_lines(out: File) -> str:
+    """NFE against quality: a table a model and metric, of each line's values by network calls."""
+    shown = files.show(str(out / "results.jsonl"))
+    tables = [f"**NFE against quality**, with intervals in {shown}; `*`: within its floor"]
+    for of in reading.series(reading.results(out).rows):
+        called, found = reading.names(of.lines), {(reading.line(r), r["budget"]): r for r in of.rows}
+        rows = [[f"{of.model}, {of.metric}", *(f"NFE {b}" for b in of.budgets)], ["---"] * (1 + len(of.budgets))]
+        for which in of.lines:
+            values = [found.get((which, b)) for b in of.budgets]
+            cells = ["" if r is None else reading.number(r["value"]) + "*" * bool(r["within_floor"]) for r in values]
+            rows.append([called[which], *cells])
+        tables.append("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
+    return "\n\n".join(tables)
 
 
 def _sweep(config: Gpu) -> Sweep:

@@ -23,7 +23,7 @@ from sde.prediction import Predictor
 
 from . import problems, provenance
 from .lines import Meter
-from .problems import Problem
+from .problems import Problem, with_network
 from .sweep import Facts, Sweep
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -134,6 +134,9 @@ def _cast(score: Predictor, sweep: Sweep, device: torch.device, dtype: torch.dty
         if half is not None:
             raise InputError(f"--dtype {sweep.dtype}: {text} is not a Score of a network that could be cast; use float32")
         return score
+    if half is None and score.dtype is not None:  # a precision of its own
+        network.to(device=device)
+        return score
     network.to(device=device, dtype=half or dtype)
     return with_network(score, network, half) if half is not None else score
 
@@ -153,21 +156,3 @@ def _compiled(score: Predictor, sweep: Sweep, text: str) -> Predictor:
         return out.clone() if isinstance(out, Tensor) else out
 
     return with_network(score, network, score.dtype)
-
-
-def with_network(score: Score, network: Any, dtype: torch.dtype | None) -> Score:
-    """The same score of another network: everything else as it was."""
-    return Score(
-        network,
-        score.path,
-        score.predicts,
-        label=score.label,
-        scale=score.scale,
-        sigma_data=score.sigma_data,
-        output=score.output,
-        split=score.split,
-        mode=score.mode,
-        conditions=score.conditions,
-        dtype=dtype,
-        evals=score.evals,
-    )

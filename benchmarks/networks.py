@@ -61,7 +61,7 @@ class DigitNetwork(nn.Module):
     def hidden(self, x: Tensor, label: Tensor) -> Tensor:
         """What the last layer sees, (B, width)."""
         angle = label[:, None] * self.frequencies  # pyright: ignore[reportOperatorIssue]
-        level = self.embed(torch.cat([angle.cos(), angle.sin()], 1))
+        level = self.embed(torch.cat([angle.cos(), angle.sin()], 1).to(x.dtype))
         h = self.first(x.flatten(1))
         for block in self.blocks:
             h = block(h, level)

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from scores import Gaussian
+from scores import Gaussian, Score
 from scores.analytic import Exact
 from sde import EDM, VP, Cosine, Linear
 from sde.errors import InputError, nearest
@@ -210,7 +210,7 @@ class Problem:
         the rounding of float64 as its error), by ``endpoints.tight`` for other exact scores, ``endpoints.fine`` for networks.
         """
         if self.network is not None:
-            return fine(self.score(x.device, x.dtype), x, self.start, self.stop, self.fineness)
+            return fine(for_states(self.score(x.device, x.dtype), x.dtype), x, self.start, self.stop, self.fineness)
         score, x = self.score(), x.double()
         if isinstance(score, Gaussian):
             end = score.flow(x, self.start, self.stop)
@@ -450,4 +450,31 @@ def wrap(
         held_out=held_out,
         features=features,
         fineness=fineness,
+    )
+
+
+def for_states(score: Predictor, dtype: torch.dtype) -> Predictor:
+    """The score for states of this dtype: a network of another one gets them cast, and keeps its weights as they are."""
+    network = getattr(score, "network", None)
+    if not isinstance(score, Score) or not isinstance(network, nn.Module) or score.dtype is not None:
+        return score
+    own = next((p.dtype for p in network.parameters() if p.is_floating_point()), dtype)
+    return score if own == dtype else with_network(score, network, own)
+
+
+def with_network(score: Score, network: Any, dtype: torch.dtype | None) -> Score:
+    """The same score of another network: everything else as it was."""
+    return Score(
+        network,
+        score.path,
+        score.predicts,
+        label=score.label,
+        scale=score.scale,
+        sigma_data=score.sigma_data,
+        output=score.output,
+        split=score.split,
+        mode=score.mode,
+        conditions=score.conditions,
+        dtype=dtype,
+        evals=score.evals,
     )

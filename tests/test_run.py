@@ -328,6 +328,24 @@ def test_memory_does_not_grow_with_n(out: Path, model: str, n: int) -> None:
     assert peak(n) - peak(5_000) <= 32
 
 
+def test_networks_of_any_dtype_are_measured_by_every_metric(out: Path) -> None:
+    """End points and densities ask in float32 or float64, whatever the weights are in."""
+    found: dict[str, dict[str, float]] = {}
+    for model, dtype in (("mixing", "float64"), ("mixing", "float32"), ("mixing", "bfloat16"), ("half", "float32")):
+        asked = replace(
+            BRIEF, model=(f"tiny_models:{model}",), metric=("strong_error", "nll_model:tolerance=0.01"), dtype=dtype
+        )
+        place = out / f"{model} {dtype}"
+        assert quietly(replace(asked, out=place)) == 0
+        rows = store.read(place).rows
+        assert [row["note"] for row in rows] == [""] * 2
+        found[place.name] = {row["metric"]: row["value"] for row in rows}
+    exact, near, *coarse = found.values()
+    assert near == pytest.approx(exact, rel=0.01)
+    assert coarse[0] == pytest.approx(exact, rel=0.1)
+    assert coarse[1] == coarse[0]
+
+
 # --- what must not go on ----------------------------------------------------------------------------------------------------
 
 

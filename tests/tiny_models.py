@@ -92,6 +92,27 @@ def grouped() -> tuple[Score, Tensor]:
     return Score(Killed(), EDM()), data()
 
 
+class Mixing(nn.Module):
+    """Takes nothing but the dtype of its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3, 3)
+        nn.init.eye_(self.mix.weight)
+        nn.init.zeros_(self.mix.bias)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self.mix(x) * (sigma / (sigma * sigma + 0.25)).to(x.dtype)[:, None]
+
+
+def mixing(own: torch.dtype | None = None) -> Problem:
+    return wrap(Score(Mixing().to(own).eval(), EDM(), dtype=own), (3,), data=data(), fineness=4)
+
+
+def half() -> Problem:
+    return mixing(torch.bfloat16)
+
+
 def bare() -> Score:
     """Without data, and without a shape."""
     return Score(Shrink(), EDM())

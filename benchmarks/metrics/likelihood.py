@@ -23,7 +23,7 @@ from sde.errors import InputError
 
 from ..endpoints import End
 from ..laws import Points
-from ..problems import FIXED, Problem
+from ..problems import FIXED, Problem, for_states
 from .base import Block, Metric, no_data
 from .levels import Floor, t_quantile
 from .statistics import Summary, pack
@@ -127,7 +127,7 @@ def no_density(problem: Problem) -> str | None:
 def model_surprise(metric: ModelNLL, problem: Problem, seed: int, count: int) -> Tensor:
     """-log of the model's density / d of ``count`` unseen draws of this seed, (count,) float64."""
     found = log_likelihood(
-        problem.score(),
+        for_states(problem.score(), torch.float64),
         problem.unseen(seed, range(count)),
         trace="exact",
         rtol=metric.tolerance,
