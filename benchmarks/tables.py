@@ -219,7 +219,8 @@ def _entry(row: Row | None, best: Row | None) -> str:
     shown = number(row["value"], half)
     if row is best:
         shown = f"$\\mathbf{{{shown[1:-1]}}}$"
-    return f"{shown[:-1]}^\\dagger$" if row.get("within_floor") else shown
+    # {}: what is before the dagger may end in a superscript of its own
+    return f"{shown[:-1]}{{}}^\\dagger$" if row.get("within_floor") else shown
 
 
 def number(value: float, half: float | None) -> str:

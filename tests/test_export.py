@@ -7,6 +7,8 @@ import io
 import json
 import math
 import re
+import shutil
+import subprocess
 import sys
 import types
 import zipfile
@@ -162,6 +164,21 @@ def test_what_is_bold(change: dict[str, Any], best: str, limit: str) -> None:
     assert ("^\\dagger$ \\\\" in next(line for line in text.splitlines() if line.startswith("b "))) is True
     assert "d & g & -- \\\\" in text
     assert "m\\_1" in text
+
+
+def test_latex_compiles(tmp_path: Path) -> None:
+    """Daggers beside powers of ten, bold and not, and names with every character: where LaTeX is at hand, it takes them."""
+    tiny = {"interval": [9.1e-5, 1.7e-3], "within_floor": True}
+    rows = [row("a", 9.1e-4, **tiny), row("b_&%$#{}~^\\", 9.5e-4, **tiny, nfe=5)]  # b overspends: it wins nothing
+    rows += [row("c", 9.1e-4, budget=6, **{**tiny, "interval": None}), row("d", 0.5, budget=6)]
+    text = tables.to_latex(rows).decode()
+    assert "^{-4}{}^\\dagger$" in text
+    assert not re.search(r"\^(\{[^{}]*\}|.)\^", text)
+    if latex := shutil.which("pdflatex"):
+        page = f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}{text}\\end{{document}}"
+        (tmp_path / "rows.tex").write_text(page)
+        made = subprocess.run([latex, "-interaction=batchmode", "rows.tex"], cwd=tmp_path, capture_output=True, check=False)
+        assert made.returncode == 0, (tmp_path / "rows.log").read_text(errors="replace")[-2000:]
 
 
 def test_numbers_in_latex() -> None:
