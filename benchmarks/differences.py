@@ -67,6 +67,14 @@ def badness(row: Row) -> float:
     return _turned(row, row["value"])
 
 
+def reach(row: Row) -> float | None:
+    """Half of a row's interval: from the value to its farther end, since the nearer one may be cut off at the least or the most
+    possible value. None where the row has no interval.
+    """
+    known = [abs(end - row["value"]) for end in row.get("interval") or () if end is not None]
+    return max(known, default=None)
+
+
 def discoveries(ps: Sequence[float], rate: float = 0.05) -> list[bool]:
     """Which of many p-values to believe, so that at most this share of them is expected to be false (Benjamini and Hochberg
     1995); where nothing differs at all, the chance of believing any is the rate.
@@ -133,9 +141,8 @@ def _spread(row: Row, blocks: list[float] | None) -> tuple[float, float]:
     """(standard error, degrees of freedom) of a row alone."""
     if blocks is not None:
         return statistics.stdev(blocks) / math.sqrt(len(blocks)), len(blocks) - 1.0
-    ends = [abs(end - row["value"]) for end in row.get("interval") or () if end is not None]
     dof = max(1.0, len(row["seeds"]) - 1.0)
-    return (max(ends) if ends else 0.0) / t_quantile(0.975, dof), dof  # an end may be cut off at the least possible value
+    return (reach(row) or 0.0) / t_quantile(0.975, dof), dof
 
 
 def _welch(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from sde.errors import ResultsError
 
 from . import files, store
-from .differences import Row, badness, discoveries, doubt
+from .differences import Row, badness, discoveries, doubt, reach
 
 Line = tuple[str, str]
 
@@ -186,8 +186,8 @@ def slopes(rows: Sequence[Row]) -> list[Slope]:
             continue
         run = math.log(b["nfe"] / a["nfe"])
         parts = [_relative(r) for r in (a, b)]
-        reach = None if None in parts else math.hypot(*(p for p in parts if p is not None)) / run
-        found.append(Slope(a["nfe"], b["nfe"], math.log(b["value"] / a["value"]) / run, reach))
+        half = None if None in parts else math.hypot(*(p for p in parts if p is not None)) / run
+        found.append(Slope(a["nfe"], b["nfe"], math.log(b["value"] / a["value"]) / run, half))
     return found
 
 
@@ -198,9 +198,8 @@ def is_error(metric: str) -> bool:
 
 def _relative(row: Row) -> float | None:
     """Half of a row's interval, as a part of its value."""
-    ends = row.get("interval") or ()
-    known = [abs(end - row["value"]) for end in ends if end is not None]
-    return max(known) / row["value"] if known else None
+    half = reach(row)
+    return None if half is None else half / row["value"]
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from sde.errors import InputError
 
-Row = Mapping[str, Any]
+from .differences import Row, reach
 
 
 class Column(NamedTuple):
@@ -148,7 +148,9 @@ def _typed(column: Column, value: Any) -> Any:
 
 
 def to_latex(rows: Sequence[Row]) -> bytes:
-    r"""A table a model and metric: value +- half its interval. Bold: the best at its budget; \dagger: within the floor."""
+    r"""A table a model and metric. Value +- its distance to the farther end of its interval: the nearer end may be cut off at 0
+    or 1, and half the width would be too small then. Bold: the best at its budget; \dagger: within the floor.
+    """
     tables = dict.fromkeys((row["model"], row["metric"]) for row in rows)
     text = "% \\usepackage{booktabs}\n"
     for model, metric in tables:
@@ -215,8 +217,7 @@ def _best(rows: Iterable[Row]) -> Row | None:
 def _entry(row: Row | None, best: Row | None) -> str:
     if row is None or row["value"] is None:
         return "--"
-    half = None if row.get("interval") is None else 0.5 * (row["interval"][1] - row["interval"][0])
-    shown = number(row["value"], half)
+    shown = number(row["value"], reach(row))
     if row is best:
         shown = f"$\\mathbf{{{shown[1:-1]}}}$"
     # {}: what is before the dagger may end in a superscript of its own

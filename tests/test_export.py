@@ -191,6 +191,11 @@ def test_numbers_in_latex() -> None:
     assert tables.number(0.0, 0.01) == "$0.000 \\pm 0.010$"
 
 
+@pytest.mark.parametrize("ends", [[0.0, 0.010], [-0.006, 0.003], [None, 0.010]])
+def test_an_interval_that_is_cut_off_is_as_wide_as_its_other_half(ends: list[float | None]) -> None:
+    assert "0.0020 \\pm 0.0080" in tables.to_latex([row("b", 0.002, interval=ends)]).decode()
+
+
 def test_latex_is_escaped() -> None:
     assert tables.escape("a_b&c%d#e$f{g}~h^i\\j\nk") == (
         "a\\_b\\&c\\%d\\#e\\$f\\{g\\}\\textasciitilde{}h\\textasciicircum{}i\\textbackslash{}j k"
