@@ -16,12 +16,13 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sde.errors import InputError
 
 from .differences import Row, reach
+from .reading import series, won
 
 
 class Column(NamedTuple):
@@ -149,7 +150,8 @@ def _typed(column: Column, value: Any) -> Any:
 
 def to_latex(rows: Sequence[Row]) -> bytes:
     r"""A table a model and metric. Value +- its distance to the farther end of its interval: the nearer end may be cut off at 0
-    or 1, and half the width would be too small then. Bold: the best at its budget; \dagger: within the floor.
+    or 1, and half the width would be too small then. Bold: the best at its budget and its ties, as the report has them;
+    \dagger: within the floor.
     """
     tables = dict.fromkeys((row["model"], row["metric"]) for row in rows)
     text = "% \\usepackage{booktabs}\n"
@@ -162,10 +164,11 @@ def _table(rows: Sequence[Row]) -> str:
     budgets = sorted({row["budget"] for row in rows if row["budget"] is not None}) or [None]
     lines = dict.fromkeys((row["solver"], row["grid"]) for row in rows)
     by_cell = {(row["solver"], row["grid"], row["budget"]): row for row in rows}
-    best = {b: _best([row for row in rows if row["budget"] == b]) for b in budgets}
+    bold = {id(row) for of in series(rows) for b in of.budgets if (win := won(of, b)) for row in (win.best, *win.tied)}
     body = [["sampler", "grid", *("" if b is None else f"NFE {b}" for b in budgets)]]
     for solver, grid in lines:
-        entries = [_entry(by_cell.get((solver, grid, b)), best[b]) for b in budgets]
+        cells = [by_cell.get((solver, grid, b)) for b in budgets]
+        entries = [_entry(row, id(row) in bold) for row in cells]
         body.append([escape(solver or "model"), escape(grid or ""), *entries])
     head, *rest = (" & ".join(words) + " \\\\" for words in body)
     return "\n".join(
@@ -195,30 +198,25 @@ def _caption(rows: Sequence[Row]) -> str:
     said = f"{escape(first['metric'])}{unit} on {escape(first['model'])} ({better}), $n = {first['n']}$, seeds {seeds}."
     floors = [row["floor"] for row in rows if row.get("floor")]
     if floors:
-        low, high = (number(floors[0][end], None) for end in ("low", "high"))
+        low, high = (_span([floor[end] for floor in floors]) for end in ("low", "high"))
         limit = f"at most {high}" if first["lower_is_better"] else f"at least {low}"
         limit = f"from {low} to {high}" if first.get("two_sided") else limit
         said += f" $\\dagger$: {limit}, as 99 \\% of perfect samplers are."
-    return said + " Bold: the best at its budget."
+    return said + " Bold: the best at its budget, and what is not told apart from it."
 
 
-def _best(rows: Iterable[Row]) -> Row | None:
-    """The row that is best, by distance to the floor where both sides are bad; None where nothing was measured."""
-    measured = [row for row in rows if row["value"] is not None]
-
-    def rank(row: Row) -> float:
-        if row.get("two_sided"):
-            return abs(row["value"] - (row["floor"]["mean"] if row.get("floor") else 0.0))
-        return row["value"] if row["lower_is_better"] else -row["value"]
-
-    return min(measured, key=rank, default=None)
+def _span(ends: Sequence[float | None]) -> str:
+    """The one end that all floors share; where rows have floors of their own, from the lowest to the highest."""
+    known = sorted(end for end in ends if end is not None)
+    shown = dict.fromkeys(number(end, None) for end in (*known[:1], *known[-1:]))
+    return "--".join(shown) or "?"
 
 
-def _entry(row: Row | None, best: Row | None) -> str:
+def _entry(row: Row | None, bold: bool) -> str:
     if row is None or row["value"] is None:
         return "--"
     shown = number(row["value"], reach(row))
-    if row is best:
+    if bold:
         shown = f"$\\mathbf{{{shown[1:-1]}}}$"
     # {}: what is before the dagger may end in a superscript of its own
     return f"{shown[:-1]}{{}}^\\dagger$" if row.get("within_floor") else shown

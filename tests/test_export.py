@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import exporting, files, problems, run, store, tables
+from benchmarks import exporting, files, problems, reading, run, store, tables
 from benchmarks.sweep import Sweep
 from sde.errors import InputError, ResultsError
 
@@ -126,18 +126,25 @@ def test_latex(made: Path, tmp_path: Path) -> None:
     text = (tmp_path / "rows.tex").read_text(encoding="utf-8")
     rows = store.read(made).rows
     assert text.count("\\begin{tabular}{llrr}") == text.count("\\end{tabular}") == 2
-    assert text.count("\\mathbf") == 4
+    wins = [reading.won(of, budget) for of in reading.series(rows) for budget in of.budgets]
+    assert text.count("\\mathbf") == sum(1 + len(win.tied) for win in wins if win) >= 4
     assert re.sub(r"\\.", "", text).count("{") == re.sub(r"\\.", "", text).count("}")
     assert "unipc\\_2 & log\\_snr & $" in text
     assert "sampler & grid & NFE 2 & NFE 3 \\\\" in text
     assert "seeds 0, 1, 2." in text
-    sliced = {(r["solver"], r["budget"]): r["value"] for r in rows if r["metric"] == "sliced_w2"}
-    line = next(line for line in text.splitlines() if line.startswith("ddim"))
-    assert ("mathbf" in line.split("&")[2]) is (sliced["ddim", 2] < sliced["unipc_2", 2])
 
 
 def row(solver: str, value: float | None, **more: Any) -> dict[str, Any]:
-    common = {"model": "m_1", "grid": "g", "budget": 4, "metric": "q", "unit": "", "lower_is_better": True, "two_sided": False}
+    common = {
+        "model": "m_1",
+        "grid": "g",
+        "budget": 4,
+        "nfe": 4,
+        "metric": "q",
+        "unit": "",
+        "lower_is_better": True,
+        "two_sided": False,
+    }
     floor = {"mean": 1.0, "sd": 0.1, "low": 0.8, "high": 1.2, "replicates": 8}
     return {**common, "solver": solver, "value": value, "interval": None, "floor": floor, "n": 8, "seeds": [0, 1, 2], **more}
 
@@ -189,6 +196,29 @@ def test_numbers_in_latex() -> None:
     assert tables.number(123456.0, None) == "$1.23 \\cdot 10^{5}$"
     assert tables.number(0.0, None) == "$0.0$"
     assert tables.number(0.0, 0.01) == "$0.000 \\pm 0.010$"
+
+
+def test_ties_are_bold_together() -> None:
+    """As in the report: what is not told apart from the best, all that is within the floor; not who overspends."""
+    rows = [row("a", 0.5, interval=[0.3, 0.7]), row("b", 0.6, interval=[0.4, 0.8]), row("c", 3.0, interval=[2.9, 3.1])]
+    rows += [row("d", 0.1, nfe=5)]
+    rows += [
+        row(name, value, budget=8, nfe=8, within_floor=value < 1.2) for name, value in zip("abc", (0.9, 1.0, 1.3), strict=True)
+    ]
+    lines = {line.split(" & ")[0]: line.split(" & ")[2:] for line in tables.to_latex(rows).decode().splitlines()}
+    bold = {name: ["mathbf" in cell for cell in lines[name]] for name in "abcd"}
+    assert bold == {"a": [True, True], "b": [True, True], "c": [False, False], "d": [False, False]}
+
+
+def test_floors_that_differ_are_all_told() -> None:
+    floors = [{"mean": 0.1, "sd": 0.1, "low": low, "high": high, "replicates": 8} for low, high in ((0.1, 0.2), (0.3, 0.4))]
+    rows = [row(name, 0.2, floor=floor) for name, floor in zip("ab", floors, strict=True)]
+    assert "at most $0.200$--$0.400$, as" in tables.to_latex(rows).decode()
+    for change, words in (
+        ({"lower_is_better": False}, "at least $0.100$--$0.300$, as"),
+        ({"two_sided": True}, "from $0.100$--"),
+    ):
+        assert words in tables.to_latex([{**r, **change} for r in rows]).decode()
 
 
 @pytest.mark.parametrize("ends", [[0.0, 0.010], [-0.006, 0.003], [None, 0.010]])
