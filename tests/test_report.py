@@ -295,6 +295,19 @@ def test_in_a_browser(chromium: browser.Browser, tmp_path: Path) -> None:
     assert chromium.complaints == []
 
 
+def test_rows_without_a_value_stay_last(chromium: browser.Browser, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    values = [0.3, None, -0.2, None, 0.0, 0.1, None, 0.2]
+    path.write_text(page(Study("", [row(f"s{i}", value=v) for i, v in enumerate(values)])), encoding="utf-8")
+    chromium.open(path)
+    for up in (True, False):
+        chromium.js("[...document.querySelectorAll('#rows th button')].find((b) => b.textContent === 'value').click()")
+        found = chromium.js(f"{SHOWN}.map((r) => r.cells[5].dataset.v ?? null)")
+        known = sorted((v for v in values if v is not None), reverse=not up)
+        assert [v if v is None else float(v) for v in found] == [*known, None, None, None]
+    assert chromium.complaints == []
+
+
 def test_on_a_phone_and_in_the_dark(chromium: browser.Browser, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text(page(Study("Samplers compared", many())), encoding="utf-8")

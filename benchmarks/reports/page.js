@@ -320,8 +320,8 @@
     const down = header.getAttribute("aria-sort") === "ascending";
     for (const other of find("rows").tHead.rows[0].cells) other.removeAttribute("aria-sort");
     header.setAttribute("aria-sort", down ? "descending" : "ascending");
-    const key = (row) => row.cells[column].dataset.v ?? row.cells[column].textContent;
     const numeric = header.classList.contains("n");
+    const key = (row) => row.cells[column].dataset.v ?? (numeric ? "" : row.cells[column].textContent); // "–" is no number
     const compare = (a, b) => {
       const [x, y] = [key(a), key(b)];
       if (!x || !y) return !x - !y; // rows without a value stay last, whichever way
