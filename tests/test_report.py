@@ -270,11 +270,11 @@ def test_in_a_browser(chromium: browser.Browser, tmp_path: Path) -> None:
     chromium.open(path)
     assert chromium.js("document.querySelectorAll('#chart path.mark').length") == 100
     assert chromium.js("document.querySelectorAll('#chart .front-point').length") > 0
-    chromium.js("document.querySelectorAll('#rows th button')[5].click()")
-    values = f"{SHOWN}.map((r) => Number(r.cells[5].dataset.v))"
+    chromium.js("document.querySelectorAll('#rows th button')[3].click()")
+    values = f"{SHOWN}.map((r) => Number(r.cells[3].dataset.v))"
     up = chromium.js(values)
     assert up == sorted(up)
-    chromium.js("document.querySelectorAll('#rows th button')[5].click()")
+    chromium.js("document.querySelectorAll('#rows th button')[3].click()")
     assert chromium.js(values) == up[::-1]
     chromium.js(SET % ("search", "sampler_3 strong", "input"))
     assert chromium.js(f"{SHOWN}.length") == 10
@@ -302,7 +302,7 @@ def test_rows_without_a_value_stay_last(chromium: browser.Browser, tmp_path: Pat
     chromium.open(path)
     for up in (True, False):
         chromium.js("[...document.querySelectorAll('#rows th button')].find((b) => b.textContent === 'value').click()")
-        found = chromium.js(f"{SHOWN}.map((r) => r.cells[5].dataset.v ?? null)")
+        found = chromium.js(f"{SHOWN}.map((r) => r.cells[3].dataset.v ?? null)")
         known = sorted((v for v in values if v is not None), reverse=not up)
         assert [v if v is None else float(v) for v in found] == [*known, None, None, None]
     assert chromium.complaints == []
@@ -316,6 +316,9 @@ def test_on_a_phone_and_in_the_dark(chromium: browser.Browser, tmp_path: Path) -
         chromium.open(path, 390, 844, dark, phone=True)
         assert chromium.js(FITS)
         assert chromium.js("document.querySelector('#chart svg').clientWidth") <= 390
+        heads = "[...document.querySelectorAll('#rows th')].filter((h) => h.getBoundingClientRect().right <= innerWidth)"
+        seen = chromium.js(f"{heads}.map((h) => h.textContent)")
+        assert seen[:4] == ["sampler", "NFE", "metric", "value"]
         ground[dark] = chromium.js("getComputedStyle(document.body).backgroundColor")
     assert ground == {False: "rgb(255, 255, 255)", True: "rgb(20, 23, 26)"}
     assert chromium.complaints == []

@@ -209,9 +209,9 @@ def _slope(of: Any) -> Cell:
 
 
 def _rows(rows: Sequence[Row]) -> str:
-    """Every row, to sort and to filter."""
-    columns = [("model", ""), ("sampler", ""), ("grid", ""), ("NFE", "n"), ("metric", ""), ("value", "n")]
-    columns += [("interval", "n less"), ("floor", "n less"), ("n", "n less"), ("ms a call", "n less"), ("overhead", "n less")]
+    """Every row, to sort and to filter. The number and what it is of come first: a phone shows no more without moving."""
+    columns = [("sampler", ""), ("NFE", "n"), ("metric", ""), ("value", "n"), ("interval", "n less"), ("floor", "n less")]
+    columns += [("grid", ""), ("model", ""), ("n", "n less"), ("ms a call", "n less"), ("overhead", "n less")]
     columns += [("samples' digest", "less"), ("note", "less wrap")]
     top = "".join(f'<th scope="col"{_class(kind)}>{name}</th>' for name, kind in columns)
     kinds = [kind for _, kind in columns]
@@ -236,9 +236,7 @@ def _row(row: Row) -> list[Cell]:
     low, high = ends
     width = None if low is None or high is None else high - low
     return [
-        Cell(text(row["model"])),
         Cell(text(row["solver"] or "")),
-        Cell(text(row["grid"] or "")),
         Cell(calls, nfe),
         Cell(text(row["metric"])),
         Cell(f"{number(row['value'])}{inside}" if row["value"] is not None else "–", row["value"]),
@@ -246,6 +244,8 @@ def _row(row: Row) -> list[Cell]:
         Cell(
             "" if not floor else text(f"{number(floor['mean'])} to {number(floor['high'])}"), floor["mean"] if floor else None
         ),
+        Cell(text(row["grid"] or "")),
+        Cell(text(row["model"])),
         Cell(str(row["n"]), row["n"]),
         _spread(cost.get("seconds_per_call"), 1e3),
         _spread(cost.get("overhead"), 100.0, " %"),
