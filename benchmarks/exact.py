@@ -76,7 +76,7 @@ def compute(config: Exact) -> dict[str, Any]:
     if (config.points is None) == (config.steps is None):
         raise InputError(f"give exactly one of --points and --steps, got points={config.points} and steps={config.steps}")
     steps = config.points - 1 if config.points is not None else config.steps
-    values, vectors = read_spectrum(config.eigenvalues)
+    values, vectors = read_spectrum(config.eigenvalues, f"--eigenvalues {config.eigenvalues}")
     mean = torch.zeros(len(values), dtype=torch.float64)
     gaussian = Gaussian(path, mean, var=values) if vectors is None else Gaussian(path, mean, cov=(vectors * values) @ vectors.T)
     times = make_grid(config.grid, path, steps, config.begin, config.stop)  # pyright: ignore[reportArgumentType]
@@ -118,22 +118,20 @@ def make_path(config: Exact) -> Path:
     return paths[config.path]()
 
 
-def read_spectrum(file: File) -> tuple[torch.Tensor, torch.Tensor | None]:
+def read_spectrum(file: File, asked: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(eigenvalues, eigenvectors or None) of a .npy file with eigenvalues (d,) or a covariance (d, d); rounding below zero
-    is clipped.
+    is clipped. InputError begins with what was ``asked``: the option that names the file.
     """
     try:
         array = np.load(file, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"--eigenvalues {file}: cannot be read as .npy: {error}") from error
+        raise InputError(f"{asked}: cannot be read as .npy: {error}") from error
     values = torch.from_numpy(np.asarray(array, dtype=np.float64))
     vectors = None
     if values.dim() == 2 and values.shape[0] == values.shape[1]:
         values, vectors = torch.linalg.eigh(0.5 * (values + values.T))
     if values.dim() != 1 or len(values) == 0 or not bool(values.isfinite().all()):
-        raise InputError(
-            f"--eigenvalues {file}: shape {tuple(array.shape)}; give finite eigenvalues (d,) or a covariance (d, d)"
-        )
+        raise InputError(f"{asked}: shape {tuple(array.shape)}; give finite eigenvalues (d,) or a covariance (d, d)")
     if float(values.min()) < -1e-6 * float(values.abs().max()):
-        raise InputError(f"--eigenvalues {file}: smallest is {float(values.min()):g}; a covariance has none below 0")
+        raise InputError(f"{asked}: smallest is {float(values.min()):g}; a covariance has none below 0")
     return values.clamp(min=0.0), vectors

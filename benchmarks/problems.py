@@ -404,7 +404,7 @@ def get(name: str) -> Problem:
 def _from_file(file: str, level: str) -> Problem:
     from .exact import read_spectrum
 
-    values, vectors = read_spectrum(File(file))
+    values, vectors = read_spectrum(File(file), f"--model gaussian:{file}")
     title = f"Gaussian in {len(values)} dimensions, covariance of {File(file).name}"
     note = "Every sampler with a table has an exact law here: no Monte Carlo."
     data = laws.spectrum(values, vectors)

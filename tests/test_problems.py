@@ -239,7 +239,7 @@ def test_end_points_to_the_data_are_finite() -> None:
         ("ring2:vq", "did you mean 'vp'"),
         ("gauss", "gauss64"),
         ("digits_network:vp", "trained on ve"),
-        ("gaussian:/nowhere/file.npy", "cannot be read"),
+        ("gaussian:/nowhere/file.npy", "--model gaussian:/nowhere/file.npy: cannot be read"),
         (":ve", "unknown"),
     ],
 )
