@@ -176,7 +176,7 @@ def test_a_bare_score_has_rows_that_say_what_they_lack(out: Path) -> None:
     assert quietly(bare) == 0
     mean, strong = store.read(out).rows
     assert (mean["value"], strong["value"] is None) == (None, False)
-    assert "no true data" in mean["note"]
+    assert mean["note"].endswith("no true data to compare with: let the model's function return (score, data)")
 
 
 def test_the_command_that_is_printed_is_the_command() -> None:

@@ -235,4 +235,6 @@ def check_blocks(blocks: Sequence[Block]) -> None:
 
 def no_data(problem: Problem) -> str | None:
     """Why there is nothing to compare with."""
-    return f"{problem.name} has no true data to compare with: give --data" if problem.data is None else None
+    if problem.data is not None:
+        return None
+    return f"{problem.name} has no true data to compare with: let the model's function return (score, data)"
