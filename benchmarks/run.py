@@ -157,9 +157,10 @@ class Worker:
 
     def _measures(self, model: Model) -> Measures:
         """What the metrics ask for on a model."""
-        blocks = self.maker.blocks()
-        found = {text: metric for text, metric in self.maker.metrics.items() if metric.available(model.problem) is None}
-        keys = {text: metrics.floor_key(metric, model.problem, blocks) for text, metric in found.items()}
+        blocks, problem = self.maker.blocks(), model.problem
+        found = {text: metric for text, metric in self.maker.metrics.items() if metric.available(problem) is None}
+        valued = {text: metric for text, metric in found.items() if metrics.too_few(metric, problem, blocks) is None}
+        keys = {text: metrics.floor_key(metric, problem, blocks) for text, metric in valued.items()}
         return Measures(
             lines=self.maker.lines,
             floors={text: key for text, key in keys.items() if key is not None},

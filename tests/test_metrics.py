@@ -134,6 +134,28 @@ def test_fitted_distances_are_their_formulas() -> None:
         value("kl_gaussian", problem, x[:64])
 
 
+@pytest.mark.parametrize(
+    ("name", "m", "words"),
+    [
+        ("kl_gaussian", 18, "n = 72 in 4 blocks without any one block leave 54, and kl_gaussian takes 65: give -n 88 or more"),
+        ("precision", 2, "n = 8 in 4 blocks are 2 a block, and precision takes 4: give -n 16 or more"),
+        ("coverage:k=7", 7, "give -n 32 or more"),
+    ],
+)
+def test_too_few_samples_are_told_how_many_it_takes(name: str, m: int, words: str) -> None:
+    problem, metric = problems.get("gauss64:vp"), metrics.metric(name)
+
+    def measured(m: int) -> metrics.Measured:
+        return metrics.measure(metric, problem, [block(name, problem, problem.truth(s, range(m)), s) for s in range(4)])
+
+    with pytest.raises(InputError, match=words):
+        measured(m)
+    enough = int(words.split()[-3]) // 4
+    assert math.isfinite(measured(enough).value)
+    with pytest.raises(InputError, match=f"give -n {4 * enough} or more"):
+        measured(enough - 1)
+
+
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])
 def test_the_exact_law_is_where_samples_go(solver: str) -> None:
     """w2_exact, kl_exact and mean_error_exact without samples; of 4000 samples the same within their own spread."""

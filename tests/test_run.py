@@ -179,6 +179,16 @@ def test_a_bare_score_has_rows_that_say_what_they_lack(out: Path) -> None:
     assert mean["note"].endswith("no true data to compare with: let the model's function return (score, data)")
 
 
+def test_metrics_that_want_more_samples_say_so_in_their_rows(out: Path) -> None:
+    """And stop nothing: neither their floors nor their values are asked for."""
+    assert quietly(replace(SWEEP, out=out, solver=("ddim",), nfe=(2,), n=9, metric=("precision", "mean_error"))) == 0
+    precision, mean = store.read(out).rows
+    assert precision["note"] == "n = 9 in 3 blocks are 3 a block, and precision takes 4: give -n 12 or more"
+    assert (precision["value"], precision["floor"]) == (None, None)
+    assert mean["value"] is not None
+    assert mean["floor"] is not None
+
+
 def test_the_command_that_is_printed_is_the_command() -> None:
     odd = replace(SWEEP, out=Path("a b'\n\u202e$(x)"), eta=0.5, shape=(3, 2), compile="default", on_nan="skip", start_time=1.5)
     assert "\n" not in run.command(odd)

@@ -17,6 +17,7 @@ from .base import Measured as Measured
 from .base import Metric as Metric
 from .base import measure as measure
 from .base import summarise as summarise
+from .base import too_few as too_few
 from .floors import Recommendation as Recommendation
 from .floors import enough as enough
 from .floors import floor as floor

@@ -166,6 +166,10 @@ class Metric(ABC):
         """The samples that ``floors.recommend`` would find, where they are known without trying; None: by trying."""
         return None
 
+    def fewest(self, problem: Problem) -> int:
+        """Samples that a value takes at the least, as far as the problem alone says."""
+        return 1
+
     def used(self, block: Block) -> int:
         """How many samples of a block the value looks at."""
         return min(block.asked, self.limit)
@@ -211,6 +215,8 @@ def pool(blocks: Sequence[Block]) -> Block:
 def measure(metric: Metric, problem: Problem, blocks: Sequence[Block]) -> Measured:
     """The metric's value of these blocks, with its interval. At least 3 blocks of one size, of different seeds."""
     check_blocks(blocks)
+    if refused := too_few(metric, problem, blocks):
+        raise InputError(refused)
     count = len(blocks)
     used = sum(metric.used(b) for b in blocks)
     if metric.pooled:
@@ -223,6 +229,16 @@ def measure(metric: Metric, problem: Problem, blocks: Sequence[Block]) -> Measur
         spread = torch.tensor(values, dtype=torch.float64).std()
     reach = t_quantile(0.975, count - 1) * float(spread) / count**0.5
     return Measured(value, max(metric.least, value - reach), min(metric.most, value + reach), used, tuple(values))
+
+
+def too_few(metric: Metric, problem: Problem, blocks: Sequence[Block]) -> str | None:
+    """None, or why so many samples in so many blocks have no value with an interval, and how many would have."""
+    m, count, fewest = blocks[0].asked, len(blocks), metric.fewest(problem)
+    least = math.ceil(fewest / (count - 1)) if metric.pooled else fewest  # the jackknife leaves a block out
+    if m >= least:
+        return None
+    left = f"without any one block leave {(count - 1) * m}" if metric.pooled else f"are {m} a block"
+    return f"n = {count * m} in {count} blocks {left}, and {metric.name} takes {fewest}: give -n {count * least} or more"
 
 
 def check_blocks(blocks: Sequence[Block]) -> None:

@@ -126,6 +126,10 @@ class Fitted(Metric):
     def available(self, problem: Problem) -> str | None:
         return extractors.missing(self.features, problem) or (None if self.reference else no_data(problem))
 
+    def fewest(self, problem: Problem) -> int:
+        """A covariance of fewer is singular."""
+        return problem.dim + 1 if self.kind == "kl" and extractors.is_raw(self.features, problem) else 1
+
     def value(self, problem: Problem, block: Block) -> float:
         found = block.moments(self.statistic.name)
         truth = reference_of(problem, self.features, self.reference)

@@ -76,6 +76,9 @@ class Neighbours(Metric):
     def available(self, problem: Problem) -> str | None:
         return extractors.missing(self.features, problem) or no_data(problem)
 
+    def fewest(self, problem: Problem) -> int:
+        return self.k + 1
+
     def value(self, problem: Problem, block: Block) -> float:
         x = block.first(self.limit).reshape(-1, *problem.shape)
         truth = problem.truth(block.seed, range(len(x)), REFERENCE)
