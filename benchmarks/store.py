@@ -83,7 +83,7 @@ class Store:
 
     def __init__(self, out: File, words: str) -> None:
         self.out = files.folder(out)
-        strange = [name for name in files.names(out) if name not in OURS and not _PARTIAL.fullmatch(name)]
+        strange = self._strange()
         if strange and not files.exists(out / SWEEP):
             shown = ", ".join(map(files.show, strange[:3]))
             raise RunError(f"--out {files.show(out)}: holds other files ({shown}) and no results: give an empty folder")
@@ -213,10 +213,15 @@ class Store:
                 if self.drop(item):
                     found.damaged.append(str(error))
                     self.log("damaged", path=item.path, why=str(error))
+        found.foreign += map(files.show, self._strange())
         for path, ours in self._leaves():
             if not ours:
                 found.foreign.append(files.show(path.relative_to(self.out)))
         return found
+
+    def _strange(self) -> list[str]:
+        """Names in the folder itself that are not ours."""
+        return [name for name in files.names(self.out) if name not in OURS and not _PARTIAL.fullmatch(name)]
 
     def _leaves(self) -> Iterator[tuple[File, bool]]:
         """Every path below the items' folders, and whether its name is one of ours."""

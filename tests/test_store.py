@@ -570,6 +570,7 @@ def test_the_audit_lists_what_is_damaged_and_only_that_is_made_again(tmp_path: P
     parts[7].unlink()  # missing is not damaged
     (parts[0].parent / "notes.txt").write_text("mine")
     (tmp_path / "o" / "parts" / "mine").mkdir()
+    (tmp_path / "o" / "mine.txt").write_text("mine")
     result = made.audit(found)
     assert result.whole == len(found) - 7
     assert len(result.damaged) == 6
@@ -578,7 +579,8 @@ def test_the_audit_lists_what_is_damaged_and_only_that_is_made_again(tmp_path: P
         if word is not None:
             assert f"{parts[i].name}" in said
             assert word in said
-    assert sorted(result.foreign) == sorted([str((parts[0].parent / "notes.txt").relative_to(tmp_path / "o")), "parts/mine"])
+    notes = str((parts[0].parent / "notes.txt").relative_to(tmp_path / "o"))
+    assert sorted(result.foreign) == sorted([notes, "parts/mine", "mine.txt"])
     missing = [i for i in found if not made.has(i)]
     assert [tmp_path / "o" / i.path for i in missing] == [p for k, p in enumerate(parts) if k in (0, 1, 2, 3, 5, 6, 7)]
     for item in missing:
