@@ -156,8 +156,13 @@ class Worker:
         return f"{said}; {left} of {len(todo)} files to make" if left else f"{said}; all there"
 
     def _measures(self, model: Model) -> Measures:
-        """What the metrics ask for on a model."""
+        """What the metrics ask for on a model. InputError for files that they name and that are no use."""
         blocks, problem = self.maker.blocks(), model.problem
+        for text, metric in self.maker.metrics.items():
+            try:
+                metric.check(problem)
+            except InputError as error:
+                raise InputError(f"--metric {text}: {error}") from None
         found = {text: metric for text, metric in self.maker.metrics.items() if metric.available(problem) is None}
         valued = {text: metric for text, metric in found.items() if metrics.too_few(metric, problem, blocks) is None}
         keys = {text: metrics.floor_key(metric, problem, blocks) for text, metric in valued.items()}

@@ -171,6 +171,27 @@ def test_a_model_that_cannot_be_measured(out: Path, model: str, told: str) -> No
     assert not out.exists() or not list(out.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("model", "metric", "told"),
+    [
+        ("tiny_models:bare", "fd:reference=none.npz", "none.npz: cannot be read as reference statistics"),
+        ("tiny_models:bare", "fd:reference=two.npz", "two.npz has 2 dimensions"),
+        ("ring2", "fd:reference=two.npz,count=9", "does not say of how many samples"),
+        ("digits_network", "fd:features=inception=none.pth", "no weights at none.pth"),
+        ("digits_network", "kid:features=inception=none.pth", "no weights at none.pth"),
+        ("digits_network", "recall:features=inception=none.pth", "no weights at none.pth"),
+    ],
+)
+def test_files_that_metrics_name_are_looked_at_before_the_first_sample(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, metric: str, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez(tmp_path / "two.npz", mu=np.zeros(2), sigma=np.eye(2))
+    with pytest.raises(InputError, match=f"--metric {metric}: .*{told}"):
+        quietly(replace(BRIEF, model=(model,), shape=(3,), metric=(metric,), out=out))
+    assert not list(out.iterdir())
+
+
 def test_a_bare_score_has_rows_that_say_what_they_lack(out: Path) -> None:
     bare = replace(BRIEF, model=("tiny_models:bare",), shape=(3,), metric=("mean_error", "strong_error"), out=out)
     assert quietly(bare) == 0

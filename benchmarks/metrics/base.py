@@ -148,6 +148,10 @@ class Metric(ABC):
     def available(self, problem: Problem) -> str | None:
         """None, or why the problem cannot be measured so."""
 
+    def check(self, problem: Problem) -> None:
+        """InputError for a file that the metric names and that is missing, cannot be read, or is of something else."""
+        return
+
     def part(
         self, problem: Problem, x: Tensor, start: Tensor | None, indices: Sequence[int], end: End | None = None
     ) -> Summary:

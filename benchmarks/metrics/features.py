@@ -49,10 +49,20 @@ def missing(features: str, problem: Problem) -> str | None:
         return None
     if kind not in LOADERS:
         raise InputError(f"features={features!r} is unknown: {nearest(kind, ['raw', 'own', *LOADERS])}")
-    shape = problem.picture or problem.shape
-    if len(shape) != 3 or shape[0] not in (1, 3):
+    if not _of_pictures(problem):
         return f"{kind} features are of pictures (1 or 3, H, W), and {problem.name} has samples {problem.shape}"
     return _load(kind, place).reason
+
+
+def check(features: str, problem: Problem) -> None:
+    """InputError: the weights that are named cannot be had, where the problem has pictures to show them."""
+    if "=" in features and _of_pictures(problem) and (reason := missing(features, problem)):
+        raise InputError(reason)
+
+
+def _of_pictures(problem: Problem) -> bool:
+    shape = problem.picture or problem.shape
+    return len(shape) == 3 and shape[0] in (1, 3)
 
 
 def extract(features: str, problem: Problem, x: Tensor) -> Tensor:

@@ -130,6 +130,14 @@ class Fitted(Metric):
         """A covariance of fewer is singular."""
         return problem.dim + 1 if self.kind == "kl" and extractors.is_raw(self.features, problem) else 1
 
+    def check(self, problem: Problem) -> None:
+        extractors.check(self.features, problem)
+        if self.reference:
+            truth = reference_of(problem, self.features, self.reference)
+            # how many features another's network has is seen at the first sample only
+            d = problem.dim if extractors.is_raw(self.features, problem) else len(truth.mean)
+            truth.check(d, self.features, problem.picture or problem.shape, self.count)
+
     def value(self, problem: Problem, block: Block) -> float:
         found = block.moments(self.statistic.name)
         truth = reference_of(problem, self.features, self.reference)

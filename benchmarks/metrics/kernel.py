@@ -117,6 +117,9 @@ class Kernelled(Metric):
     def available(self, problem: Problem) -> str | None:
         return extractors.missing(self.features, problem) or no_data(problem)
 
+    def check(self, problem: Problem) -> None:
+        extractors.check(self.features, problem)
+
     def value(self, problem: Problem, block: Block) -> float:
         x = block.first(self.limit).reshape(-1, *problem.shape)
         truth = problem.truth(block.seed, range(len(x)), REFERENCE)

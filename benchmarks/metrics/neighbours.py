@@ -79,6 +79,9 @@ class Neighbours(Metric):
     def fewest(self, problem: Problem) -> int:
         return self.k + 1
 
+    def check(self, problem: Problem) -> None:
+        extractors.check(self.features, problem)
+
     def value(self, problem: Problem, block: Block) -> float:
         x = block.first(self.limit).reshape(-1, *problem.shape)
         truth = problem.truth(block.seed, range(len(x)), REFERENCE)
