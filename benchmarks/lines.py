@@ -7,6 +7,7 @@ sampler spends outside of it is its overhead.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sde.errors import BudgetWarning, ToolkitError
 from sde.noise import White
 from sde.prediction import Knot, Prediction, Predictor, Row, Tally, affine
 from solvers import SOLVERS, sample
@@ -50,6 +52,12 @@ class Line(Protocol):
         """Whether it follows the probability flow, so that it has an exact end point."""
         ...
 
+    def refuses(
+        self, score: Meter, *, nfe: int, grid: str, eta: float | None, start: float | None, stop: float | None
+    ) -> str | None:
+        """Why it cannot be run so, as far as that is known without a call of the network; None: nothing speaks against it."""
+        ...
+
     def run(
         self,
         score: Meter,
@@ -82,6 +90,18 @@ class Ours:
 
     def flow(self, eta: float | None) -> bool:
         return self.entry.deterministic if eta is None or not self.entry.solver.takes_eta else eta == 0.0
+
+    def refuses(
+        self, score: Predictor, *, nfe: int, grid: str, eta: float | None, start: float | None, stop: float | None
+    ) -> str | None:
+        none = torch.empty(0, 1)  # of no samples all is checked and planned, and nothing is run
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BudgetWarning)
+            try:
+                sample(score, x=none, solver=self.name, nfe=nfe, grid=grid, eta=eta, start=start, stop=stop)
+            except ToolkitError as error:
+                return str(error)
+        return None
 
     def run(
         self,

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -32,7 +33,7 @@ from .models import Model, load, look
 from .progress import Progress, Screen
 from .store import PATIENCE as PATIENCE
 from .store import PREVIEW, RESULTS, HeldError, Store
-from .sweep import Facts, Item, Measures, Sweep, check, items
+from .sweep import Cell, Facts, Item, Measures, Sweep, check, items
 from .sweep import defaults as defaults
 
 
@@ -140,11 +141,13 @@ class Worker:
         self._audit(todo)
         if self.place.rank == 0:
             self.out.warn(self._begins(todo))
+            self._warn_of(self._refused(todo))
         with self.out.progress(todo, quiet=self.place.rank > 0) as progress:
             self._make_all(todo, progress)
         rows = self.store.publish()
         if self.place.rank == 0:
-            self.out.say(f"{rows} row{'s' * (rows != 1)} in {files.show(self.store.out / RESULTS)}")
+            self.out.say(f"{len(rows)} row{'s' * (len(rows) != 1)} in {files.show(self.store.out / RESULTS)}")
+            self._say_without(rows)
             self.out.say(f"Next: python -m benchmarks report {quoted(str(self.sweep.out))}")
 
     def _begins(self, todo: list[Item]) -> str:
@@ -154,6 +157,36 @@ class Worker:
         left = sum(not self.store.has(item) for item in todo)
         said = f"{count} cell{'s' * (count != 1)} of {sweep.n} samples in {sweep.blocks} blocks: {len(parts)} parts"
         return f"{said}; {left} of {len(todo)} files to make" if left else f"{said}; all there"
+
+    def _refused(self, todo: list[Item]) -> dict[str, list[str]]:
+        """The cells that have samples to be made and are known to get none: by the reason why."""
+        missing = [item.about for item in todo if item.kind == "part" and not self.store.has(item)]
+        found: dict[str, list[str]] = {}
+        for cell in dict.fromkeys(Cell(about["model"], about["solver"], about["grid"], about["nfe"]) for about in missing):
+            model = self.model(cell.model)
+            ends = {"start": model.problem.start, "stop": model.problem.stop}
+            line = self.maker.lines[cell.solver]
+            why = line.refuses(model.score, nfe=cell.nfe, grid=cell.grid, eta=self.sweep.eta, **ends)
+            if why is not None:
+                found.setdefault(why, []).append(" ".join(map(str, cell)))
+        return found
+
+    def _warn_of(self, refused: dict[str, list[str]]) -> None:
+        if count := sum(map(len, refused.values())):
+            self.out.warn(f"{count} cell{'s' * (count != 1)} cannot be made; the rows will have no value:")
+        for why, names in refused.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            self.out.warn(f"  {files.show(', '.join(names[:3]))}{more}: {files.show(why)}")
+
+    def _say_without(self, rows: list[dict[str, Any]]) -> None:
+        """Last, and by their reasons: the rows that have no value."""
+        without = Counter(row["note"] for row in rows if row["value"] is None)
+        if count := without.total():
+            self.out.say(f"{count} of them {'has' if count == 1 else 'have'} no value, and `note` there says why:")
+        for note, times in without.most_common(5):
+            self.out.say(f"  {times}: {files.show(note)}")
+        if len(without) > 5:
+            self.out.say(f"  {len(without) - 5} more reasons")
 
     def _measures(self, model: Model) -> Measures:
         """What the metrics ask for on a model. InputError for files that they name and that are no use."""

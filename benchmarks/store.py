@@ -261,8 +261,8 @@ class Store:
         record = {"event": event, "config": self.config, **words, "worker": self.words, "time": round(time.time(), 3)}
         files.append(self.out / LOG, record)
 
-    def publish(self) -> int:
-        """Write ``results.jsonl`` and ``costs.jsonl`` from what there is; the number of rows."""
+    def publish(self) -> list[dict[str, Any]]:
+        """Write ``results.jsonl`` and ``costs.jsonl`` from what there is; the rows."""
         with self.claim("results", PATIENCE):
             record = read_sweep(self.out) or {}
             # looked at again after each time it is written: should the claim not hold, an older view must not be the last
@@ -272,7 +272,7 @@ class Store:
             costs = b"".join(map(files.seal, costs_of(log, record, self.config)))
             if costs != files.read(self.out / COSTS):
                 self._write(COSTS, costs)
-        return len(rows)
+        return rows
 
     def _rows(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Rows of all cells that are done, in the order of the sweep; of a cell that has grown, the newest."""

@@ -68,6 +68,20 @@ def test_start_stop_and_eta_reach_the_sampler():
     assert not torch.equal(made.x, sample(score, x=x, solver="gddim", nfe=6, start=0.9, stop=0.1, eta=0.5, seed=3).x)
 
 
+def test_what_a_line_refuses_is_known_without_a_call():
+    meter = Meter(gaussian(), CPU)
+    given = {"nfe": 3, "grid": "log_snr", "eta": None, "start": None, "stop": None}
+    for name, changed, why in (
+        ("heun", {}, None),
+        ("abm_4_started", {"nfe": 1}, "costs 3 network calls"),
+        ("unipc_3", {"eta": 5.0}, "does not take a noise level"),
+        ("ddim", {"start": 7.0}, "start"),
+    ):
+        found = resolve_line(name).refuses(meter, **{**given, **changed})
+        assert (found is None) if why is None else why in (found or ""), (name, found)
+    assert meter.nfe == 0
+
+
 def test_names_are_resolved_as_sample_resolves_them():
     assert resolve_line("ddim").name == "ddim"
     assert resolve_line("k_diffusion:sample_dpmpp_2m").name == resolve("k_diffusion:sample_dpmpp_2m")[0] == "dpmpp_2m"

@@ -11,7 +11,7 @@ from peering import gaussian, line_of, run, states
 from sweeping import in_memory, quietly
 
 from benchmarks import peers, store
-from benchmarks.lines import resolve_line
+from benchmarks.lines import Meter, resolve_line
 from benchmarks.peers.base import Library, Sampler, importing
 from benchmarks.peers.line import PeerLine
 from benchmarks.sweep import Sweep
@@ -174,6 +174,11 @@ def test_a_budget_below_one_step_is_refused_with_what_a_step_costs():
         run(library(calling(lambda n: 5 * n)), gaussian(), states(), 3)
     with pytest.raises(InputError, match="at least 1 network call"):
         run(library(calling(lambda n: n)), gaussian(), states(), 0)
+    meter, given = Meter(gaussian(), torch.device("cpu")), {"eta": None, "start": None, "stop": None}
+    line = library(calling(lambda n: 5 * n))
+    assert "at least 5 network calls" in (line.refuses(meter, nfe=3, grid="log_snr", **given) or "")
+    assert "does not run on the grid" in (line.refuses(meter, nfe=5, grid="karas", **given) or "")
+    assert line.refuses(meter, nfe=5, grid="log_snr", **given) is None
 
 
 def test_a_budget_whose_best_step_count_gives_nan_is_refused():

@@ -210,6 +210,23 @@ def test_metrics_that_want_more_samples_say_so_in_their_rows(out: Path) -> None:
     assert mean["floor"] is not None
 
 
+def test_cells_that_cannot_be_made_are_told_at_once_and_counted_in_the_end(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = replace(BRIEF, solver=("gddim", "heun"), nfe=(2, 4), eta=0.4, out=out)
+    make = making.Maker.make
+    told: list[str] = []
+    monkeypatch.setattr(making.Maker, "make", lambda self, item: told.append(said(capfd)) or make(self, item))
+    assert run.run(asked) == 0
+    assert "2 cells cannot be made; the rows will have no value:\n  tiny_models:quick heun log_snr 2, " in told[0]
+    assert "'heun' does not take a noise level" in told[0]
+    assert run.run(asked) == 0  # nothing is left to be told beforehand
+    shown = capfd.readouterr()
+    assert "cannot be made" not in shown.err
+    assert "4 rows in" in shown.out
+    assert "\n2 of them have no value, and `note` there says why:\n  2: eta=0.4: " in shown.out
+
+
 def test_the_command_that_is_printed_is_the_command() -> None:
     odd = replace(SWEEP, out=Path("a b'\n\u202e$(x)"), eta=0.5, shape=(3, 2), compile="default", on_nan="skip", start_time=1.5)
     assert "\n" not in run.command(odd)

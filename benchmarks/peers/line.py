@@ -74,6 +74,20 @@ class PeerLine:
         own = "eta" in dict(self.given)
         return {**self.options, "eta": eta} if self.sampler.takes_eta and eta is not None and not own else self.options
 
+    def refuses(
+        self, score: Meter, *, nfe: int, grid: str, eta: float | None, start: float | None, stop: float | None
+    ) -> str | None:
+        """Why it cannot be run so: its grids, its noise level, the steps that the budget buys."""
+        path = score.path
+        ends = path.knot(path.T if start is None else start), path.knot(path.t_min if stop is None else stop)
+        try:
+            self.check(grid, eta)
+            if not self.sampler.adaptive:
+                self.steps(path, *ends, nfe, grid, eta)
+        except ToolkitError as error:
+            return str(error)
+        return None
+
     def run(
         self,
         score: Meter,
