@@ -10,7 +10,6 @@ then it is in no statistic, and metrics refuse the block, whose count is not the
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from .endpoints import End
 from .lines import Line
 from .metrics import Block
 from .models import Model
+from .peaks import peak_memory
 from .store import Held, Store
 from .sweep import Item, Sweep
 
@@ -90,7 +90,7 @@ class Maker:
         line = self.lines[about["solver"]]
         run = _Run(self, item, model, line)
         batch = b - a if line.joint else self._batch(model, b - a)
-        with _peak(model.device) as peak, _notes() as notes:
+        with peak_memory(model.device) as peak, _notes() as notes:
             try:
                 self._batches(a, b, batch, run, fixed=line.joint)
             except ToolkitError as error:
@@ -301,30 +301,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _peak(device: torch.device) -> Iterator[list[int]]:
-    """Bytes at the most: of tensors on a CUDA device inside, else of the process since it began."""
-    found = [0]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    try:
-        yield found
-    finally:
-        if device.type == "cuda":
-            found[0] = int(torch.cuda.max_memory_allocated(device))
-        else:
-            found[0] = peak_rss()
-
-
-def peak_rss() -> int:
-    """The largest resident size of this process so far, in bytes; 0 where the system does not tell."""
-    try:
-        import resource
-    except ModuleNotFoundError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextmanager

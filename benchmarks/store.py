@@ -361,6 +361,7 @@ def costs_of(log: Sequence[Mapping[str, Any]], record: Mapping[str, Any], config
             continue
         samples, seconds = sum(p["samples"] for p in ran), sum(p["seconds"] for p in ran)
         device = [p["device_seconds"] / p["calls"] for p in ran if p["device_seconds"] is not None]
+        peaks = [p["peak_memory"] for p in ran if p["peak_memory"] is not None]
         yield {
             **dict(zip(("model", "solver", "grid", "budget"), cell, strict=True)),
             "parts": len(ran),
@@ -370,7 +371,7 @@ def costs_of(log: Sequence[Mapping[str, Any]], record: Mapping[str, Any], config
             "seconds_per_call": spread([p["seconds"] / p["calls"] for p in ran]),
             "device_seconds_per_call": spread(device) if device else None,
             "overhead": spread([p["seconds"] / p["network_seconds"] - 1.0 for p in ran if p["network_seconds"]]),
-            "peak_memory": max(p["peak_memory"] for p in ran),
+            "peak_memory": max(peaks, default=None),
             "batch": sorted({p["batch"] for p in ran}),
             "device": sorted({p["device"] for p in ran}),
             "workers": len({p["worker"] for p in ran}),

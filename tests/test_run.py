@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,22 @@ import tyro
 from sweeping import SWEEP, cheap, digests, ended, fork, in_memory, quietly
 
 from benchmarks import __main__ as command
-from benchmarks import claims, files, kept, lines, making, metrics, problems, progress, provenance, rows, run, store, sweep
+from benchmarks import (
+    claims,
+    files,
+    kept,
+    lines,
+    making,
+    metrics,
+    peaks,
+    problems,
+    progress,
+    provenance,
+    rows,
+    run,
+    store,
+    sweep,
+)
 from benchmarks.run import Place
 from benchmarks.sweep import Sweep
 from sde.errors import InputError, ResultsError, RunError
@@ -362,8 +378,9 @@ def test_memory_does_not_grow_with_n(out: Path, model: str, n: int) -> None:
             for name in ("floor", "floor_key"):  # two true sets are as large as many, one after another
                 setattr(metrics, name, functools.partial(getattr(metrics, name), replicates=2))
             ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is free goes back at once, and is not counted
-            with open("/proc/self/clear_refs", "w") as peaks:
-                peaks.write("5")  # the peak from here on
+            making.peak_memory = lambda device: nullcontext([None])  # each part would start the peak anew
+            with open("/proc/self/clear_refs", "w") as marks:
+                marks.write("5")  # the peak from here on
             assert quietly(replace(asked, n=n, out=out / str(n))) == 0
             status = Path("/proc/self/status").read_text()
             (out / f"{n}.peak").write_text(status.partition("VmHWM:")[2].split()[0])
@@ -392,6 +409,27 @@ def test_networks_of_any_dtype_are_measured_by_every_metric(out: Path) -> None:
     assert near == pytest.approx(exact, rel=0.01)
     assert coarse[0] == pytest.approx(exact, rel=0.1)
     assert coarse[1] == coarse[0]
+
+
+def test_the_peak_of_a_part_is_its_own() -> None:
+    """A small part after a large one, and a large one again."""
+
+    def peak(mebibytes: int) -> float:
+        with making.peak_memory(torch.device("cpu")) as found:
+            torch.ones(mebibytes << 18).sum()
+        return -1.0 if found[0] is None else found[0] / 2**20
+
+    if (first := peak(64)) == -1.0:
+        pytest.skip("this system does not tell")
+    assert first == pytest.approx(64.0, rel=0.2)
+    assert peak(1) < 8.0
+    assert peak(64) == pytest.approx(64.0, rel=0.2)
+
+
+def test_a_peak_that_the_system_does_not_tell_is_none(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peaks, "_mark", lambda: None)
+    assert quietly(replace(BRIEF, out=out)) == 0
+    assert [cost["peak_memory"] for cost in store.read(out).costs] == [None]
 
 
 # --- what must not go on ----------------------------------------------------------------------------------------------------

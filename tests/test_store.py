@@ -727,12 +727,23 @@ def test_costs_count_a_part_once(tmp_path: Path) -> None:
         )
     with open(tmp_path / "o" / "log.jsonl", "ab") as log:
         log.write(b'{"torn')
-    made.log("part", path="d", model="m", solver="ddpm", grid="log_snr", budget=2, seconds=1.0, network_seconds=0.5, **cost)
+    made.log(
+        "part",
+        path="d",
+        model="m",
+        solver="ddpm",
+        grid="log_snr",
+        budget=2,
+        seconds=1.0,
+        network_seconds=0.5,
+        **cost | {"peak_memory": None},
+    )
     made.publish()
     first, second = store.read(tmp_path / "o").costs
     assert (first["solver"], first["parts"], first["samples"], first["seconds"]) == ("ddim", 3, 9, 12.0)
     assert first["seconds_per_call"] == {"median": 2.0, "low": 1.5, "high": 2.5}
     assert first["overhead"] == {"median": 1.0, "low": 0.5, "high": 1.5}
+    assert (first["peak_memory"], second["peak_memory"]) == (5, None)
     assert (second["solver"], second["seconds_per_call"]["median"], second["overhead"]["high"]) == ("ddpm", 0.5, 1.0)
     made.close()
 
