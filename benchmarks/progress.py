@@ -20,6 +20,14 @@ from .sweep import Item
 #: Seconds between two lines of progress where there is no terminal to draw a bar on.
 EVERY = 60.0
 
+KINDS = {"end": "exact end points", "part": "samples of", "floor": "the floor of", "rows": "the rows of"}
+
+
+def words(item: Item) -> str:
+    """What is being made: the floor of fd on ring2."""
+    about = item.about
+    return " ".join(filter(None, (KINDS[item.kind], about.get("metric") or about.get("solver"), "on", about.get("model"))))
+
 
 class Screen:
     """stdout for results, stderr for all else."""
@@ -104,6 +112,7 @@ class Progress:
         self.total = self.left = sum(weight for weight, _ in self.parts.values())
         self.samples = sum(count for _, count in self.parts.values())
         self.before, self._first, self._began = 0.0, 0, 0.0
+        self.now = ""
         self.show: Any = lambda: None
 
     def remaining(self, missing: Iterable[Item]) -> None:
@@ -113,6 +122,11 @@ class Progress:
             self._drop(path)
         if not self._began:
             self._began, self.before, self._first = time.monotonic(), self.total - self.left, self.samples
+        self.show()
+
+    def begins(self, item: Item) -> None:
+        """This one is next: told until there is a rate to tell."""
+        self.now = words(item)
         self.show()
 
     def done(self, item: Item) -> None:
@@ -128,6 +142,9 @@ class Progress:
         self.samples -= count
 
     def rate(self) -> str:
+        """350 samples/s, 40 parts left; before the first part is done: 40 parts left, making the floor of fd on ring2"""
+        if self.samples == self._first:
+            return f"{len(self.parts)} parts left{', making ' * bool(self.now)}{self.now}"
         took = max(1e-9, time.monotonic() - self._began)
         return f"{(self._first - self.samples) / took:.0f} samples/s, {len(self.parts)} parts left"
 

@@ -30,7 +30,7 @@ from . import files, metrics, provenance
 from .lines import Line, resolve_line
 from .making import Maker
 from .models import Model, load, look
-from .progress import Progress, Screen
+from .progress import Progress, Screen, words
 from .store import PATIENCE as PATIENCE
 from .store import PREVIEW, RESULTS, HeldError, Store
 from .sweep import Cell, Facts, Item, Measures, Sweep, check, items
@@ -154,9 +154,11 @@ class Worker:
         """What there is to do: said first, since floors may take a while before there is a row."""
         sweep, parts = self.sweep, [item for item in todo if item.kind == "part"]
         count = len({item.path.rpartition("/")[0] for item in parts})
-        left = sum(not self.store.has(item) for item in todo)
+        missing = [item for item in todo if not self.store.has(item)]
         said = f"{count} cell{'s' * (count != 1)} of {sweep.n} samples in {sweep.blocks} blocks: {len(parts)} parts"
-        return f"{said}; {left} of {len(todo)} files to make" if left else f"{said}; all there"
+        if not missing:
+            return f"{said}; all there"
+        return f"{said}; {len(missing)} of {len(todo)} files to make, first {words(missing[0])}"
 
     def _refused(self, todo: list[Item]) -> dict[str, list[str]]:
         """The cells that have samples to be made and are known to get none: by the reason why."""
@@ -246,9 +248,11 @@ class Worker:
             with self.store.claim(item.path) as mine:
                 if not mine:
                     busy.append(item)
-                elif not self.store.has(item) and self._make(item):
-                    made = True
-                    progress.done(item)
+                elif not self.store.has(item):
+                    progress.begins(item)
+                    if self._make(item):
+                        made = True
+                        progress.done(item)
         return made, busy
 
     def _make(self, item: Item) -> bool:

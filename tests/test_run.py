@@ -754,9 +754,14 @@ def test_a_picture_of_the_newest_samples(out: Path, monkeypatch: pytest.MonkeyPa
 def test_progress_counts_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    items = [sweep.Item("floor", "f", {}), *(sweep.Item("part", f"p{k}", {"a": 0, "b": 50}, weight=100.0) for k in range(8))]
+    items = [
+        sweep.Item("floor", "f", {"metric": "fd", "model": "ring2"}),
+        *(sweep.Item("part", f"p{k}", {"a": 0, "b": 50}, weight=100.0) for k in range(8)),
+    ]
     found = progress.Progress(items)
     found.remaining([items[0], *items[3:]])  # two parts were there before
+    found.begins(items[0])
+    assert str(found) == "25 % done, 6 parts left, making the floor of fd on ring2"
     clock[0] += 1000.0
     found.done(items[0])
     clock[0] += 10.0
@@ -772,9 +777,11 @@ def test_without_a_terminal_a_line_now_and_then(
 ) -> None:
     monkeypatch.setattr(progress, "EVERY", 0.0)
     assert run.run(replace(BRIEF, out=out)) == 0
-    told = [line for line in said(capfd).splitlines() if "samples/s" in line]
-    assert len(told) >= 4
-    assert "6 parts left" in told[0]
+    first, *told = said(capfd).splitlines()
+    assert first.endswith("files to make, first the floor of mean_error on tiny_models:quick")
+    assert len(told) >= 6
+    assert told[:2] == ["0 % done, 6 parts left", "0 % done, 6 parts left, making the floor of mean_error on tiny_models:quick"]
+    assert any("5 parts left" in line and "samples/s" in line for line in told)
     assert " to go" in told[-1]
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
