@@ -9,6 +9,8 @@ that says how far to trust the first:
 
     tight   torchdiffeq's dopri8, the tolerance held in every sample; again at ten times the tolerance
     fine    classical Runge-Kutta, steps equal in the clock of ``sde.noise``; again in half the steps
+
+``denoise``: not the flow's end but alpha x0 that the score predicts there, a last step to sigma = 0.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def rms(x: Tensor) -> Tensor:
     return x.double().reshape(len(x), -1).square().mean(1).sqrt()
 
 
-def tight(score: Predictor, x: Tensor, start: float, stop: float, tolerance: float = 1e-10) -> End:
+def tight(score: Predictor, x: Tensor, start: float, stop: float, tolerance: float = 1e-10, denoise: bool = False) -> End:
     """End points by dopri8 at rtol = atol = tolerance (of u, whose size is that of a unit normal); x in float64."""
     from torchdiffeq import odeint
 
@@ -53,21 +55,22 @@ def tight(score: Predictor, x: Tensor, start: float, stop: float, tolerance: flo
             options = {"step_t": ends[-1:], "norm": _worst, "dtype": torch.float64}
             control = {"rtol": factor * tolerance, "atol": factor * tolerance, "method": "dopri8", "options": options}
             u = torch.as_tensor(odeint(lambda th, u: flow(float(th), u), x / flow.radius(flow.start), ends, **control)[-1])
-            found.append(u * flow.radius(flow.stop))
+            found.append(flow.end(u, denoise))
     return End(found[1], rms(found[1] - found[0]))
 
 
-def fine(score: Predictor, x: Tensor, start: float, stop: float, steps: int = 128) -> End:
+def fine(score: Predictor, x: Tensor, start: float, stop: float, steps: int = 128, denoise: bool = False) -> End:
     """End points by classical Runge-Kutta in ``steps`` steps, 4 calls each, in x's dtype."""
     if steps < 2:
         raise InputError(f"steps={steps}: the error is told by half the steps; give at least 2")
     flow = _Flow(score, start, stop)
     with flow.running():
-        half, full = (_runge_kutta(flow, x, n) for n in (steps // 2, steps))
+        half, full = (flow.end(_runge_kutta(flow, x, n), denoise) for n in (steps // 2, steps))
     return End(full, rms(full - half))
 
 
 def _runge_kutta(flow: _Flow, x: Tensor, steps: int) -> Tensor:
+    """u at the last time."""
     angles = flow.angles(steps)
     u = x / flow.radius(flow.start)
     for a, b in pairwise(angles):
@@ -77,7 +80,7 @@ def _runge_kutta(flow: _Flow, x: Tensor, steps: int) -> Tensor:
         k3 = flow(middle, u + 0.5 * h * k2)
         k4 = flow(b, u + h * k3)
         u = u + (h / 6.0) * (k1 + 2.0 * (k2 + k3) + k4)
-    return u * flow.radius(flow.stop)
+    return u
 
 
 def _worst(error: Tensor) -> Tensor:
@@ -117,6 +120,16 @@ class _Flow:
         inner = [a + (b - a) * i / steps for i in range(1, steps)]
         lams = [4.0 * w / math.sqrt(1.0 - w * w) for w in (2.0 * c - 1.0 for c in inner)]  # the clock's inverse
         return [self.first, *(math.atan(math.exp(-lam)) for lam in lams), self.last]
+
+    def end(self, u: Tensor, denoise: bool) -> Tensor:
+        """x at the last time, or alpha x0 predicted there."""
+        k = self.stop
+        x = u * self.radius(k)
+        if not denoise:
+            return x
+        (call,) = self.score.at([k], x, {}, self.tally)
+        a, b = affine(self.score.row(k), k, k.alpha, 0.0)
+        return a * x + b * call(x)
 
     def __call__(self, angle: float, u: Tensor) -> Tensor:
         k = self.knot(angle)

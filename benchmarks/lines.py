@@ -48,6 +48,11 @@ class Line(Protocol):
         """Whether a sample depends on its batch mates: then a part is always one batch."""
         ...
 
+    @property
+    def to_zero(self) -> bool:
+        """Whether its last step goes on to sigma = 0, past the end it is given: then its exact end point is the one there."""
+        ...
+
     def flow(self, eta: float | None) -> bool:
         """Whether it follows the probability flow, so that it has an exact end point."""
         ...
@@ -83,6 +88,7 @@ class Ours:
     entry: Entry
 
     version = ""
+    to_zero = False
 
     @property
     def joint(self) -> bool:

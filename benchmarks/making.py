@@ -70,7 +70,7 @@ class Maker:
         found: dict[int, Any] = {}
 
         def solve(lo: int, hi: int) -> None:
-            found[lo] = model.problem.end(self._starts(model, item, range(lo, hi)))
+            found[lo] = model.problem.end(self._starts(model, item, range(lo, hi)), item.about.get("to_zero", False))
 
         # step control looks at all samples at once: a batch of another size would be another answer
         batch = b - a if model.problem.exact is not None else self._batch(model, b - a)

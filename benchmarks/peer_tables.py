@@ -208,12 +208,11 @@ def errors(
 
     @functools.cache
     def truth(to_zero: bool) -> Tensor:
-        # states at sigma = 0 come back times the alpha of the sweep's end, as all others do
-        return alpha * problem.between(stop=0.0).end(x).x if to_zero else problem.end(x).x
+        return problem.end(x, to_zero).x
 
     for text, grid in pairs:
         line = resolve_line(text)
-        end = truth(getattr(line, "to_zero", False))
+        end = truth(line.to_zero)
         for budget in budgets:
             meter.reset()
             try:

@@ -205,17 +205,26 @@ class Problem:
 
     # --- end points ---
 
-    def end(self, x: Tensor) -> End:
+    def end(self, x: Tensor, to_zero: bool = False) -> End:
         """Where the probability flow takes x (B, *shape) from ``start`` to ``stop``: by its closed form for Gaussian data (with
         the rounding of float64 as its error), by ``endpoints.tight`` for other exact scores, ``endpoints.fine`` for networks.
+
+        ``to_zero``: what samplers should return whose last step goes on to sigma = 0: x / alpha of the flow's end there, times
+        the alpha of ``stop``. Networks are not asked below ``stop``, and some paths do not reach 0: then it is what the score
+        predicts at the flow's end.
         """
+        denoise = to_zero and (self.network is not None or self.path.knot(0.0).sigma > 0.0)
+        if to_zero and not denoise:
+            scale = self.path.knot(self.stop).alpha / self.path.knot(0.0).alpha
+            return End(*(scale * found for found in self.between(stop=0.0).end(x)))
         if self.network is not None:
-            return fine(for_states(self.score(x.device, x.dtype), x.dtype), x, self.start, self.stop, self.fineness)
+            score = for_states(self.score(x.device, x.dtype), x.dtype)
+            return fine(score, x, self.start, self.stop, self.fineness, denoise)
         score, x = self.score(), x.double()
-        if isinstance(score, Gaussian):
+        if isinstance(score, Gaussian) and not denoise:
             end = score.flow(x, self.start, self.stop)
             return End(end, 1e-13 * self.std + 1e-15 * rms(end))
-        return tight(score, x, self.start, self.stop, self.tolerance)
+        return tight(score, x, self.start, self.stop, self.tolerance, denoise)
 
     # --- pictures ---
 

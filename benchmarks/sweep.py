@@ -4,7 +4,8 @@ A sweep is a set of cells (model, sampler, grid, NFE). A cell is n samples in ``
 seed + 1, ...; sample i of a stream is a function of (seed, i). Streams are made in parts, consecutive indices [a, b), and a
 part is a file. Four kinds of files, each a function of what its name stands for:
 
-    end     where the exact flow ends from the start noise of a part: shared by all samplers of the model
+    end     where the exact flow ends from the start noise of a part: shared by all samplers of the model that end there, at
+            the sweep's last time or at sigma = 0
     part    digest, counts, mergeable statistics (and, where asked for, the samples) of one part of one cell
     floor   what a metric gives for a perfect sampler of the same size
     rows    the rows of one cell: made of its parts and floors
@@ -307,6 +308,7 @@ def items(sweep: Sweep, config: str, facts: Facts, measures: Measures) -> Iterat
     for cell in cells(sweep, facts.name) if measures.cells else ():
         line = measures.lines[cell.solver]
         own = {**base, "solver": cell.solver, "version": line.version, "grid": cell.grid, "nfe": cell.nfe}
+        last = {**base, "to_zero": True} if line.to_zero else base
         where, parts = place("part", own, *cell), []
         for block in range(sweep.blocks if measures.sampled else 0):
             for a, b in spans(m, part):
@@ -314,11 +316,11 @@ def items(sweep: Sweep, config: str, facts: Facts, measures: Measures) -> Iterat
                 span = {"block": block, "a": a, "b": b}
                 first = ()
                 if measures.ends and line.flow(sweep.eta):
-                    path = place("end", base, facts.name) + leaf
+                    path = place("end", last, facts.name) + leaf
                     first = (path,)
                     if path not in done:
                         done.add(path)
-                        yield Item("end", path, {**base, "kind": "end", **span})
+                        yield Item("end", path, {**last, "kind": "end", **span})
                 parts.append(Item("part", where + leaf, {**own, "kind": "part", **span}, first, float((b - a) * cell.nfe * d)))
                 yield parts[-1]
         about = {**own, "kind": "rows", "n": sweep.n}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,21 @@ def test_at_least_six_libraries_are_lines_of_one_sweep_beside_ours():
         assert row["value"] is not None, row
         assert row["nfe"] <= 60, row
     assert found["dpmpp_2m"]["value"] == pytest.approx(found["k_diffusion/dpmpp_2m:end=stop"]["value"], rel=1e-3)
+
+
+def test_a_strong_error_is_that_of_where_a_sampler_ends(monkeypatch: pytest.MonkeyPatch):
+    """It goes on to sigma = 0; against the end of ours, beside which it stands, most of its error would be that last step."""
+    text, found = "k_diffusion/lms", {}
+    line_of(text)
+    with in_memory() as folder:
+        for to_zero in (True, False):
+            if not to_zero:
+                monkeypatch.setattr(PeerLine, "to_zero", False)
+            asked = Sweep(model=("gauss64:vp",), solver=("dpmpp_2m", text), nfe=(200,), n=6, blocks=3, dtype="float64")
+            assert quietly(replace(asked, metric=("strong_error",), out=folder / str(to_zero))) == 0
+            found[to_zero] = {row["solver"]: row["value"] for row in store.read(folder / str(to_zero)).rows}
+    assert found[True]["dpmpp_2m"] == found[False]["dpmpp_2m"]
+    assert found[True][text] < 0.1 * found[False][text]
 
 
 # --- names, and libraries that are not there ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import endpoints, laws, problems
 from scores import Gaussian, GaussianMixture, Score
-from sde import EDM, VP
+from sde import EDM, VE, VP
 from sde.errors import InputError
 
 F64 = torch.float64
@@ -227,6 +227,25 @@ def test_end_points_to_the_data_are_finite() -> None:
     law = problem.data
     assert isinstance(law, laws.Mixture)
     assert float(torch.cdist(end.x, law.means).min(1).values.max()) < 0.4
+
+
+@pytest.mark.parametrize("path", [VP(), VE()], ids=str)
+def test_end_points_of_samplers_that_go_on_to_zero(path: VP | VE) -> None:
+    """On a Gaussian in closed form: an exact score flows to sigma = 0 where the path does; a network predicts at the end."""
+    stop, mean, var = 0.3, 0.2, 0.25
+    exact = problems.wrap(
+        Gaussian(path, torch.full((3,), mean, dtype=F64), var=torch.full((3,), var, dtype=F64)), (3,), stop=stop
+    )
+    x, law = exact.starts(0, range(5)), exact.exact
+    a, s = (float(f(torch.tensor(stop, dtype=F64))) for f in (path.alpha, path.sigma))
+    flowed = law.flow(x, path.T, stop)
+    predicted = a * (mean + a * var / (a * a * var + s * s) * (flowed - a * mean))
+    wanted = a * law.flow(x, path.T, 0.0) if isinstance(path, VP) else predicted
+    torch.testing.assert_close(exact.end(x, to_zero=True).x, wanted, rtol=1e-9, atol=1e-9)
+    network = problems.wrap(Score(lambda x, t: law.predict(x, t[0]).eps, path, "eps"), (3,), stop=stop)
+    end = network.end(x, to_zero=True)
+    assert float((endpoints.rms(end.x - predicted) - end.error).max()) < 1e-12
+    assert float(end.error.max()) < 1e-3 < float((predicted - flowed).abs().max())
 
 
 # --- names and wrapping -------------------------------------------------------------------------------------------------
