@@ -348,7 +348,7 @@ def test_parts_hold_every_index_once(m: int, part: int) -> None:
 
 class FakeLine:
     version = ""
-    joint = False
+    joint = to_zero = False
 
     def flow(self, eta: float | None) -> bool:
         return True
