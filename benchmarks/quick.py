@@ -87,7 +87,7 @@ def run(config: Quick) -> int:
     check(config)
     torch.set_num_threads(config.threads)
     from . import pictures
-    from .reports import PAGE, page
+    from .reports import PAGE, SHEETS, packed, page
     from .screen import Screen
 
     began, out = time.perf_counter(), files.folder(config.out)
@@ -105,7 +105,9 @@ def run(config: Quick) -> int:
     files.remove(out / "samples.png")  # an earlier run may have had one where this has none
     for name, image in images.items():
         files.write(out / name, image)
-    files.write(out / PAGE, page(study(outcomes, config)))
+    shown = study(outcomes, config)
+    files.write(out / SHEETS, packed(shown.sheets))
+    files.write(out / PAGE, page(shown))
     screen.goodbye(outcomes, [*images, "results.jsonl"], time.perf_counter() - began)
     return 0
 

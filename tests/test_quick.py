@@ -46,7 +46,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def test_files(made: Made) -> None:
-    assert sorted(p.name for p in made.out.iterdir()) == ["nfe_vs_error.png", "report.html", "results.jsonl", "samples.png"]
+    wanted = ["nfe_vs_error.png", "report.html", "results.jsonl", "samples.png", "sheets.safetensors"]
+    assert sorted(p.name for p in made.out.iterdir()) == wanted
     for name in ("nfe_vs_error.png", "samples.png"):
         assert (made.out / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
@@ -109,6 +110,25 @@ def test_page_is_self_contained(made: Made) -> None:
 def outcome_of(name: str = "mixture", **change: Any) -> Outcome:
     config = replace(SMALL, **change)
     return quick.measure(config, name, problems.get(name))
+
+
+def test_report_makes_the_page_again_with_its_samples(made: Made, tmp_path: Path) -> None:
+    """Pictures are kept, samples are not; without the file, or with a damaged one, there is a page without them."""
+
+    def sheets(page: str) -> list[str]:
+        return re.findall(r"data:image/png;base64,[A-Za-z0-9+/=]+", page)
+
+    again = tmp_path / "again.html"
+    assert command.main(["report", str(made.out), "--out", str(again)]) == 0
+    assert sheets(again.read_text()) == sheets(made.page)
+    assert len(sheets(made.page)) >= 2 * (1 + len(SMALL.nfe))
+    (tmp_path / "results.jsonl").write_bytes((made.out / "results.jsonl").read_bytes())
+    damaged = (made.out / "sheets.safetensors").read_bytes()[:-1] + b"x"
+    for kept in (None, damaged, files.pack({}, {}), files.pack({"sheets": [["model", "name", 4, True]]}, {})):
+        if kept is not None:
+            (tmp_path / "sheets.safetensors").write_bytes(kept)
+        assert command.main(["report", str(tmp_path), "--out", str(again)]) == 0
+        assert sheets(again.read_text()) == []
 
 
 def test_calls_are_counted_at_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +215,12 @@ def test_a_budget_below_one_step_is_a_row_that_says_so(tmp_path: Path, capsys: p
     first = reading.results(tmp_path).rows[0]
     assert [first[k] for k in ("solver", "budget", "nfe", "value", "digest")] == ["abm_4_started", 1, None, None, None]
     assert "nfe=1: a step of 'abm_4_started' costs 3 network calls" in first["note"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["nfe_vs_error.png", "report.html", "results.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "nfe_vs_error.png",
+        "report.html",
+        "results.jsonl",
+        "sheets.safetensors",
+    ]
     assert re.search(r"^ abm_4_started +- ", capsys.readouterr().out, re.MULTILINE)
 
 

@@ -14,7 +14,9 @@ import tyro
 
 from .. import files
 from .page import page as page
+from .sheets import SHEETS as SHEETS
 from .sheets import Sheet as Sheet
+from .sheets import packed as packed
 from .study import Study as Study
 from .study import gather
 

@@ -1,6 +1,7 @@
 """Sheets of samples: for each model a few samplers, each with more and more calls, from the same noise; and true draws beside.
 
-Only what the folder kept can be shown: all samples with ``run --keep-samples``, else as many as a metric wanted to see.
+Only what the folder kept can be shown: all samples with ``run --keep-samples``, else as many as a metric wanted to see; of a
+folder of ``quick``, which keeps no samples, the sheets of its own page.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from ..kept import part_files
 from ..problems import Problem
 from ..reading import Line, is_error, line, names, series
 from ..sweep import place
+
+SHEETS = "sheets.safetensors"
 
 ROOM = 1_200_000
 """Bytes of all PNG together, so that a page stays well below 3 MB."""
@@ -54,6 +57,24 @@ def sheets(out: File, record: Mapping[str, Any], rows: Sequence[Row]) -> list[Sh
         if sum(len(s.png) for s in made) <= ROOM:
             return made
     return []
+
+
+def packed(found: Sequence[Sheet]) -> bytes:
+    """Sheets as a file, which ``stored`` reads."""
+    pngs = {str(i): torch.frombuffer(bytearray(s.png), dtype=torch.uint8) for i, s in enumerate(found)}
+    return files.pack({"sheets": [[s.model, s.name, s.nfe, s.ink] for s in found]}, pngs)
+
+
+def stored(out: File) -> list[Sheet]:
+    """The sheets in a folder's file; none where it is not there, or not what was written: it may come from anywhere."""
+    try:
+        about, pngs = files.unpack(files.read(out / SHEETS) or b"")
+        return [
+            Sheet(str(model), str(name), None if nfe is None else int(nfe), pngs[str(i)].numpy().tobytes(), bool(ink))
+            for i, (model, name, nfe, ink) in enumerate(about["sheets"])
+        ]
+    except (ToolkitError, KeyError, TypeError, ValueError):
+        return []
 
 
 def _chosen(model: str, rows: Sequence[Row]) -> tuple[list[Line], list[int]] | None:

@@ -11,7 +11,7 @@ from .. import problems
 from ..differences import Row
 from ..reading import results
 from ..sweep import Sweep
-from .sheets import Sheet, sheets
+from .sheets import Sheet, sheets, stored
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def gather(out: File) -> Study:
         title="Samplers compared",
         rows=rows,
         told=told(r["model"] for r in rows),
-        sheets=sheets(out, found.sweep, rows),
+        sheets=sheets(out, found.sweep, rows) if found.sweep else stored(out),
         facts=facts(found.sweep, rows),
         warnings=warnings,
         next=[*([again] if again else []), "python -m benchmarks compare OTHER_FOLDER THIS_FOLDER"],
