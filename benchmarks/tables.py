@@ -199,9 +199,7 @@ def _caption(rows: Sequence[Row]) -> str:
     floors = [row["floor"] for row in rows if row.get("floor")]
     if floors:
         low, high = (_span([floor[end] for floor in floors]) for end in ("low", "high"))
-        limit = f"at most {high}" if first["lower_is_better"] else f"at least {low}"
-        limit = f"from {low} to {high}" if first.get("two_sided") else limit
-        said += f" $\\dagger$: {limit}, as 99 \\% of perfect samplers are."
+        said += f" $\\dagger$: from {low} to {high}, as 99 \\% of perfect samplers are."
     return said + " Bold: the best at its budget, and what is not told apart from it."
 
 
