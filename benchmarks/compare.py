@@ -10,6 +10,9 @@ Cells are matched by model, metric, sampler, grid and budget, and each pair gets
     incomparable    not the same quantity: another path, another time where sampling stops, another unit
 
 Equal seeds and n make a sharper comparison, for blocks are then compared in pairs.
+
+Costs of a cell are told where the quartiles of its parts do not meet. That is a side note and no verdict: clocks are noisy, and
+machines differ.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
 from typing import Annotated, Any, NamedTuple
@@ -29,13 +32,17 @@ from sde.errors import InputError
 from . import files
 from .differences import Difference, Row, both_at_floor, difference, discoveries
 from .reading import number, results
-from .store import Results
+from .store import Results, cell_of
 
 WORSE, BETTER, SAME, INCOMPARABLE = "worse", "better", "same", "incomparable"
 EMPTY = "no value in either"
 
 #: What two rows of one quantity agree in.
 QUANTITY = ("path", "start_law", "start", "stop", "unit", "lower_is_better", "two_sided")
+
+#: What a cell costs, as ``costs.jsonl`` has it with quartiles.
+COSTS = {"seconds_per_call": "seconds a call", "device_seconds_per_call": "device seconds a call", "overhead": "overhead"}
+PARTS = 4  # a quartile of fewer is not one
 
 #: What else may be different in the configuration, and what follows from it.
 CONFIGURATION = {
@@ -79,13 +86,23 @@ class Change(NamedTuple):
     why: str
 
 
+class Cost(NamedTuple):
+    """Medians of what a cell (model, solver, grid, budget) cost, of which the quartiles do not meet."""
+
+    cell: tuple[Any, ...]
+    what: str
+    a: float
+    b: float
+
+
 class Comparison(NamedTuple):
-    """Changes from the worst to the best; rows of one side alone; what is different in the configuration."""
+    """Changes from the worst to the best; rows of one side alone; what is different in the configuration, and in costs."""
 
     changes: list[Change]
     missing: list[Row]
     new: list[Row]
     configuration: list[dict[str, str]]
+    costs: Sequence[Cost] = ()
 
     def of(self, verdict: str) -> list[Change]:
         return [c for c in self.changes if c.verdict == verdict]
@@ -104,6 +121,7 @@ def run(options: Compare) -> int:
             raise InputError(f"--{name} {value}: must be a share, such as {getattr(Compare, name)}")
     found = [results(path) for path in (options.a, options.b)]
     compared = compare(found[0].rows, found[1].rows, options.level, options.least)
+    compared = compared._replace(costs=list(costs(found[0].costs, found[1].costs)))
     print(to_json(options, compared) if options.json else "\n".join(_text(options, compared, found)))
     return compared.status
 
@@ -184,6 +202,25 @@ def _said(row: Row, name: str) -> list[str]:
     return [" ".join(map(str, value)) if isinstance(value, list) else str(value)]
 
 
+def costs(a: Iterable[Mapping[str, Any]], b: Iterable[Mapping[str, Any]]) -> Iterable[Cost]:
+    """Costs before and after that differ beyond their quartiles, cell by cell."""
+    before = {cell_of(cost): cost for cost in a}
+    for cost in b:
+        for what in COSTS:
+            old, new = _quartiles(before.get(cell_of(cost), {}), what), _quartiles(cost, what)
+            if old and new and (old[2] < new[0] or new[2] < old[0]):
+                yield Cost(cell_of(cost), what, old[1], new[1])
+
+
+def _quartiles(cost: Mapping[str, Any], what: str) -> list[float] | None:
+    """[low, median, high]; None where there are none, or of too few parts."""
+    found, parts = cost.get(what), cost.get("parts")
+    if not isinstance(found, dict) or not isinstance(parts, int) or parts < PARTS:
+        return None
+    values = [value for k in ("low", "median", "high") if isinstance(value := found.get(k), float)]
+    return values if len(values) == 3 else None
+
+
 # --- said ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +244,10 @@ def to_json(options: Compare, compared: Comparison) -> str:
         "cells": [
             {**cell(c.a), "verdict": c.verdict, "size": c.size, "p": c.p, "why": c.why, "a": side(c.a), "b": side(c.b)}
             for c in compared.changes
+        ],
+        "costs": [
+            {**dict(zip(("model", "solver", "grid", "budget"), c.cell, strict=True)), "what": c.what, "a": c.a, "b": c.b}
+            for c in compared.costs
         ],
         "missing": [cell(row) for row in compared.missing],
         "new": [cell(row) for row in compared.new],
@@ -239,6 +280,11 @@ def _text(options: Compare, compared: Comparison, found: Sequence[Results]) -> I
             yield from _columns(rows)
     why = Counter(c.why for c in compared.of(SAME))
     yield f"\nsame: {why.total()}{''.join(f', {count} {words}' for words, count in why.most_common())}"
+    for what, words in COSTS.items():
+        if ratios := [c.b / c.a if c.a else math.inf for c in compared.costs if c.what == what]:
+            range_ = " to ".join(dict.fromkeys(number(r) or "0" for r in (min(ratios), max(ratios))))
+            cells = f"{len(ratios)} cell{'s' * (len(ratios) > 1)}"
+            yield f"costs, no verdict: {words} {range_} times as much in {cells}, beyond their quartiles"
     bad = {WORSE: compared.of(WORSE), "missing": compared.missing, INCOMPARABLE: compared.of(INCOMPARABLE)}
     words = ", ".join(f"{len(them)} {what}" for what, them in bad.items() if them)
     count = len(compared.changes) - len(bad[INCOMPARABLE])

@@ -17,9 +17,10 @@ import pytest
 from result_rows import row, written
 
 from benchmarks import __main__ as command
-from benchmarks import compare, differences, metrics, problems
+from benchmarks import compare, differences, files, metrics, problems, record
 from benchmarks.compare import compare as compared
 from benchmarks.metrics.levels import t_quantile
+from benchmarks.sweep import LISTS
 
 Rows = list[dict[str, Any]]
 
@@ -244,6 +245,36 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert not any(c in said for c in "\x1b\u202e")
     assert command.main(["compare", str(a / "results.jsonl"), str(a)]) == 0
     assert "nothing is worse" in capsys.readouterr().out
+
+
+def cost(solver: str, *quartiles: float, parts: int = 8) -> dict[str, Any]:
+    spread = dict(zip(("low", "median", "high"), quartiles, strict=True))
+    cell = {"model": "ring2", "solver": solver, "grid": "karras", "budget": 8}
+    return {**cell, "parts": parts, "seconds_per_call": spread, "overhead": None, "device_seconds_per_call": "strange"}
+
+
+def test_costs_are_a_side_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Told where quartiles do not meet, whichever way; the status is that of the values alone."""
+    before = [cost(s, 1.0, 2.0, 3.0) for s in ("slower", "faster", "meets", "gone")] + [cost("few", 1.0, 2.0, 3.0, parts=3)]
+    after = [cost("slower", 3.5, 4.0, 4.5), cost("faster", 0.5, 0.5, 0.9), cost("meets", 2.9, 9.0, 9.0)]
+    after += [cost("few", 8.0, 8.0, 8.0), cost("new", 8.0, 8.0, 8.0)]
+    assert [(c.cell[1], c.what, c.a, c.b) for c in compare.costs(before, after)] == [
+        ("slower", "seconds_per_call", 2.0, 4.0),
+        ("faster", "seconds_per_call", 2.0, 0.5),
+    ]
+    folders = []
+    for name, found in (("a", before), ("b", after)):
+        folders.append(str(written(tmp_path / name, [row()])))
+        (tmp_path / name / "costs.jsonl").write_bytes(b"".join(map(files.seal, found)))
+        (tmp_path / name / "sweep.json").write_bytes(record.render({"n": 400, "lists": {key: [] for key in LISTS}}))
+    assert command.main(["compare", *folders]) == 0
+    said = capsys.readouterr().out
+    assert "costs, no verdict: seconds a call 0.250 to 2.00 times as much in 2 cells, beyond their quartiles" in said
+    assert command.main(["compare", *folders, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["costs"]
+    assert told[0] == {
+        "model": "ring2", "solver": "slower", "grid": "karras", "budget": 8, "what": "seconds_per_call", "a": 2.0, "b": 4.0
+    }  # fmt: skip
 
 
 def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
