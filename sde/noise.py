@@ -449,7 +449,7 @@ class _Normals:
             return torch.from_numpy(array), array.reshape(-1)
         else:
             out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        flat = out.detach()
+        flat = out.detach() if out.requires_grad else out
         if self.dtype != self._working or not out.is_contiguous():
             flat = torch.empty(self.shape, dtype=self._working, device=self.device)
         return out, (flat.numpy() if self.xp is np else flat).reshape(-1)
