@@ -193,6 +193,7 @@ def _caption(rows: Sequence[Row]) -> str:
     """What is compared, on how many samples of which seeds, and what a perfect sampler gets."""
     first = rows[0]
     better = "two-sided" if first.get("two_sided") else "lower is better" if first["lower_is_better"] else "higher is better"
+    better += ", as far as $\\dagger$" if any(row.get("floor") for row in rows) and not first.get("two_sided") else ""
     unit = f" [{escape(first['unit'])}]" if first.get("unit") else ""
     seeds = ", ".join(map(str, first["seeds"]))
     said = f"{escape(first['metric'])}{unit} on {escape(first['model'])} ({better}), $n = {first['n']}$, seeds {seeds}."

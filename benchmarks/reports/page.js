@@ -151,7 +151,8 @@
     const middle = (box.left + box.right) / 2;
     add(svg, "text", { x: middle, y: box.bottom + 36, class: "label", "text-anchor": "middle" }, "NFE: network calls");
     const unit = series.unit ? `, in ${series.unit}` : "";
-    const better = series.two_sided ? "nearest to the floor is best" : series.lower ? "lower is better" : "higher is better";
+    const way = series.lower ? "lower is better" : "higher is better";
+    const better = series.two_sided ? "nearest to the floor is best" : series.floor ? `${way}, as far as the floor` : way;
     find("chart-title").textContent = `${series.metric}${unit}: ${better}`;
   };
 
