@@ -373,11 +373,10 @@ class _Normals:
         """Uninitialised numbers in the working precision, (count,)."""
         return self._allocate(count, self._working)
 
-    def _halves_of(self, words: np.ndarray[Any, Any]) -> Array:
-        """The halves of words, low ones first, as (2 words,) int32 on the device."""
-        if sys.byteorder == "big":
-            words = words.astype("<u8").view(">u8")
-        halves = words.view(np.int32)
+    def _words(self, chunk: _Chunk, draw: int, kind: int, node: int) -> Array:
+        """The halves of a chunk's words, low ones first, (blocks, 2, _HALF) int32: one copy to the device, whatever the runs."""
+        found = [self._philox.words(seed, block, draw, kind, node, n * _HALF) for seed, block, n in chunk.pieces]
+        halves = _signed(found[0] if len(found) == 1 else np.concatenate(found)).reshape(chunk.blocks, 2, _HALF)
         if self.xp is np:
             return halves
         tensor = torch.from_numpy(halves)
@@ -400,14 +399,10 @@ class _Normals:
 
     def fill(self, out: Array, chunk: _Chunk, draw: int, kind: int, node: int, scale: float = 1.0) -> None:
         """Write ``scale`` times a chunk's normals to ``out``, (stop - start,)."""
-        xp, (_, _, blocks, pieces, where) = self.xp, chunk
+        xp, blocks, where = self.xp, chunk.blocks, chunk.where
         views = self._scratch.get(blocks) or self._views(blocks)
         halves, first, last, radius, angle, cosine, sine, pair = views
-        start = 0
-        for seed, block, count in pieces:  # to float32: the rounding that every dtype shares
-            words = self._philox.words(seed, block, draw, kind, node, count * _HALF)
-            halves[start : start + count] = self._halves_of(words).reshape(count, 2, _HALF)
-            start += count
+        halves[:] = self._words(chunk, draw, kind, node)  # to float32: the rounding that every dtype shares
         # Symmetric: every |first + 1/2| is met twice, none is 0. Added in float32 in every dtype, so that none is above 2^31.
         xp.add(first, 0.5, out=radius)
         xp.abs(radius, out=radius)
@@ -467,6 +462,11 @@ class _Normals:
             values = torch.from_numpy(array) if self.xp is np else array
             out.detach().copy_(values.view(self.shape))
         return out
+
+
+def _signed(words: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The halves of words (n,) uint64, low ones first, as (2 n,) int32: in memory as they are where low bytes come first."""
+    return words.view(np.int32) if sys.byteorder == "little" else words.astype("<u8").view("<i4").astype(np.int32)
 
 
 def _shape(shape: Sequence[int]) -> tuple[int, ...]:

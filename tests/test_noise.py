@@ -131,6 +131,14 @@ def test_normals_are_box_muller_of_the_documented_words() -> None:
         assert found[j].item() == pytest.approx(wanted, abs=1e-14)
 
 
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_halves_are_those_of_the_numbers_whatever_the_order_of_bytes(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise.sys, "byteorder", order)  # the long way is right on any machine
+    found = noise._signed(np.array([0x0000000180000000, 0xFFFFFFFE00000003], np.uint64))
+    assert found.dtype == np.int32
+    assert found.tolist() == [-(2**31), 1, 3, -2]
+
+
 def test_extreme_words_give_finite_normals(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = np.array([0, 2**64 - 1, 2**63, 2**63 - 1, 2**31, 2**32 - 1, 2**32, 0xFFFFFFFF00000000], np.uint64)
     monkeypatch.setattr(noise._Philox, "words", lambda self, *a: np.resize(ends, a[-1]))
