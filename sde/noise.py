@@ -374,7 +374,7 @@ class _Normals:
         return self._allocate(count, self._working)
 
     def _words(self, chunk: _Chunk, draw: int, kind: int, node: int) -> Array:
-        """The halves of a chunk's words, low ones first, (blocks, 2, _HALF) int32: one copy to the device, whatever the runs."""
+        """The halves of a chunk's words, low ones first, (blocks, 2, _HALF) int32; one copy to a device, whatever the runs."""
         found = [self._philox.words(seed, block, draw, kind, node, n * _HALF) for seed, block, n in chunk.pieces]
         halves = _signed(found[0] if len(found) == 1 else np.concatenate(found)).reshape(chunk.blocks, 2, _HALF)
         if self.xp is np:

@@ -289,6 +289,7 @@ def test_in_a_browser(chromium: browser.Browser, tmp_path: Path) -> None:
     chromium.move(*place)
     assert "sampler_0, NFE 4" in chromium.js("document.getElementById('tip').innerText")
     assert "strong_error" in chromium.js("document.getElementById('chart-title').textContent")
+    assert "Floor 0.01, from 0.005 to 0.015: " in chromium.js("document.getElementById('floor-note').textContent")
     assert "1,024 samples tell a sampler 5 % worse" in chromium.js("document.getElementById('floor-note').textContent")
     chromium.js("document.querySelector('#legend button').click()")
     assert chromium.js("document.querySelectorAll('#chart path.mark').length") == 90

@@ -163,7 +163,7 @@
       note.textContent = "No floor is known here.";
       return;
     }
-    const said = `Floor ${number(level.mean)}, up to ${number(level.high)}`;
+    const said = `Floor ${number(level.mean)}, from ${number(level.low) || "?"} to ${number(level.high) || "?"}`;
     const off = level.high < r.low || level.low > r.high;
     const where = level.high < r.low ? "below" : "above";
     const means = off ? `${where} this picture` : "values inside the grey band cannot be told from a perfect sampler";

@@ -241,9 +241,7 @@ def _row(row: Row) -> list[Cell]:
         Cell(text(row["metric"])),
         Cell(f"{number(row['value'])}{inside}" if row["value"] is not None else "–", row["value"]),
         Cell(text(between(row)), width),
-        Cell(
-            "" if not floor else text(f"{number(floor['mean'])} to {number(floor['high'])}"), floor["mean"] if floor else None
-        ),
+        Cell(text(f"{number(floor['low'])} to {number(floor['high'])}") if floor else "", floor["mean"] if floor else None),
         Cell(text(row["grid"] or "")),
         Cell(text(row["model"])),
         Cell(str(row["n"]), row["n"]),
