@@ -242,14 +242,14 @@ class _Philox:
     """Philox4x64-10 as a function of (key, counter), by numpy's generator.
 
     numpy increments the counter before it makes a block; counters here start at block + 1, so setting word 0 to ``block`` is
-    right and needs no borrow. Setting the state costs 0.8 microseconds, a new generator 6.5.
+    right and needs no borrow. Setting the state from lists costs 0.4 microseconds, from arrays 0.9, a new generator 6.5.
     """
 
     def __init__(self) -> None:
         self._generator = np.random.Philox(key=0)  # a given key: no entropy is asked of the system
         self._state: Any = self._generator.state
-        self._counter, self._key = self._state["state"]["counter"], self._state["state"]["key"]
-        self._key[1] = LAYOUT
+        self._counter, self._key = [0] * 4, [0, LAYOUT]
+        self._state.update(state={"counter": self._counter, "key": self._key}, buffer=self._state["buffer"].tolist())
 
     def words(self, seed: int, block: int, draw: int, kind: int, node: int, count: int) -> np.ndarray[Any, Any]:
         """``count`` words from the beginning of a block of ``_BLOCK`` normals, (count,) uint64."""
@@ -264,7 +264,7 @@ Array = Any  # an ndarray on the CPU in float32, a Tensor elsewhere: the two sha
 
 
 class _Scratch(NamedTuple):
-    """Working memory for some blocks: n = blocks * _HALF numbers each, or pairs of n."""
+    """Working memory for some blocks: n = blocks * _HALF numbers each, or pairs of n. Made once, for a slice costs time."""
 
     halves: Array  # (blocks, 2, _HALF) in float32, whose parts ``first`` and ``last`` are contiguous
     first: Array
@@ -309,8 +309,11 @@ class _Normals:
         self._halves: Array = self._allocate(longest * _BLOCK, torch.float32)
         self._polar = self._halves if self._working == torch.float32 else self.empty(longest * _BLOCK)
         self._pair, self._whole = self.empty(longest * _BLOCK), self.empty(longest * _BLOCK)
-        self._turn = self.empty(1)  # an array, whose dtype counts in a product of mixed dtypes, as a number's would not
-        self._turn[:] = math.pi * 2.0**-31
+        # Arrays: numpy takes as long to convert a number as to multiply 2000, and in a product of float32 and a number torch
+        # would round to float32. One operation a row, too: numpy's broadcasting costs twice as much as a second call.
+        self._half, self._unit, self._minus_two, self._turn = (
+            self._constant(value) for value in (0.5, 2.0**-31, -2.0, math.pi * 2.0**-31)
+        )
 
     def _split(self, runs: list[_Run], most: int) -> list[_Chunk]:
         """The batch in chunks of at most ``most`` blocks."""
@@ -365,9 +368,15 @@ class _Normals:
 
     def _allocate(self, count: int, dtype: torch.dtype) -> Array:
         if self.xp is np:
-            return np.empty(count, np.float32)
+            return torch.empty(count, dtype=dtype).numpy()  # at the beginning of a cache line, as numpy's own are not
         with torch.inference_mode(False):  # else scratch made in inference mode could not be written outside it
             return torch.empty(count, dtype=dtype, device=self.device)
+
+    def _constant(self, value: float) -> Array:
+        """A number in the working precision that broadcasts."""
+        if self.xp is np:
+            return np.array(value, np.float32)
+        return self.empty(1).fill_(value)
 
     def empty(self, count: int) -> Array:
         """Uninitialised numbers in the working precision, (count,)."""
@@ -385,7 +394,7 @@ class _Normals:
         return tensor.to(self.device)
 
     def _views(self, blocks: int) -> _Scratch:
-        """The scratch for that many blocks. Made once: small draws feel the cost of each slice."""
+        """The scratch for that many blocks."""
         n = blocks * _HALF
 
         def parts(x: Array) -> tuple[Array, Array, Array]:
@@ -404,11 +413,11 @@ class _Normals:
         halves, first, last, radius, angle, cosine, sine, pair = views
         halves[:] = self._words(chunk, draw, kind, node)  # to float32: the rounding that every dtype shares
         # Symmetric: every |first + 1/2| is met twice, none is 0. Added in float32 in every dtype, so that none is above 2^31.
-        xp.add(first, 0.5, out=radius)
+        first += self._half
+        xp.multiply(first, self._unit, out=radius)
         xp.abs(radius, out=radius)
-        radius *= 2.0**-31
         xp.log(radius, out=radius)
-        radius *= -2.0
+        radius *= self._minus_two
         xp.sqrt(radius, out=radius)
         if scale != 1.0:
             radius *= scale
@@ -441,13 +450,13 @@ class _Normals:
             self._check("out", out)
         elif self._direct:  # the cheapest way to a tensor and its array
             array = np.empty(self.shape, np.float32)
-            return torch.from_numpy(array), array.reshape(-1)
+            return torch.from_numpy(array), array.ravel()
         else:
             out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         flat = out.detach() if out.requires_grad else out
         if self.dtype != self._working or not out.is_contiguous():
             flat = torch.empty(self.shape, dtype=self._working, device=self.device)
-        return out, (flat.numpy() if self.xp is np else flat).reshape(-1)
+        return out, (flat.numpy() if self.xp is np else flat).ravel()
 
     def _check(self, name: str, given: Tensor) -> None:
         if given.shape != self.shape or given.dtype != self.dtype or given.device != self.device:
