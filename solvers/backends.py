@@ -1,8 +1,9 @@
 """torchdiffeq and torchsde behind the same call as every other solver.
 
-Both choose their own times between the grid's first and last one, so they have no table. torchdiffeq's step size is shared
-by the batch (its error
-norm is an average), hence a sample depends on its batch mates by rounding of the step control unless ``per_sample=True``.
+Both may choose their own times between the grid's first and last one, and then have no table. Their step size is shared by
+the batch (the norm of the error is an average), hence a sample depends on its batch mates, within the tolerance, unless
+``per_sample=True``: then each sample is integrated by itself, which costs the calls of all of them. ``adaptive.py`` has step
+control a sample with the network called on the whole batch.
 """
 
 from __future__ import annotations
@@ -72,27 +73,15 @@ class TorchDiffEq:
                     f"the slope of x in t is infinite at t = {k.t:g} (sigma' = {k.dsigma:g}): give start or stop off it, "
                     "such as t_min"
                 )
+        first = evaluator.tally.nfe
         if self.per_sample:
-            parts = self._each(evaluator, x, grid)
-            accepted, rejected = (sum(getattr(p, kind) for p in parts) for kind in ("accepted", "rejected"))
-            out = Outcome(torch.cat([p.x for p in parts]), accepted, rejected)
+            out = one_by_one(lambda alone, row, _: self._solve(alone, row, grid, first), evaluator, x)
         else:
-            out = self._solve(evaluator, x, grid)
+            out = self._solve(evaluator, x, grid, first)
         only_step(after, grid, out.x, self.method)
         return out
 
-    def _each(self, evaluator: Evaluator, x: Tensor, grid: list[Knot]) -> list[Outcome]:
-        """Sample after sample, within one budget; what is reached when it is used up holds all samples."""
-        parts, first = list[Outcome](), evaluator.tally.nfe
-        for i in range(len(x)):
-            try:
-                parts.append(self._solve(_alone(evaluator, x, i), x[i : i + 1], grid, i, first))
-            except StepLimitError as error:
-                error.partial = torch.cat([*(p.x for p in parts), error.partial, x[i + 1 :]])
-                raise
-        return parts
-
-    def _solve(self, evaluator: Evaluator, x: Tensor, grid: list[Knot], row: int = 0, first: int | None = None) -> Outcome:
+    def _solve(self, evaluator: Evaluator, x: Tensor, grid: list[Knot], first: int) -> Outcome:
         from torchdiffeq import odeint
 
         flow = _Flow(evaluator, grid[0], grid[-1], self.max_nfe, x, first)
@@ -102,7 +91,7 @@ class TorchDiffEq:
         try:
             y = odeint(flow, x, times, rtol=self.rtol, atol=self.atol, method=self.method, options=options)
         except NetworkError as error:
-            error.step, error.samples = flow.accepted, tuple(row + i for i in error.samples)
+            error.step = flow.accepted
             raise
         except (AssertionError, _NotFinite) as error:  # torchdiffeq's "underflow in dt": a slope is not finite or too steep
             for seen in (flow.slope, flow.state):
@@ -118,20 +107,39 @@ class TorchDiffEq:
         return Outcome(torch.as_tensor(y[-1]), flow.accepted, flow.rejected)
 
 
-def _alone(evaluator: Evaluator, x: Tensor, i: int) -> Evaluator:
-    """The evaluator of a batch of which only sample i is left, on the same count of calls."""
-    conditions = rows_of(evaluator.conditions, slice(i, i + 1), len(x))
-    return Evaluator(evaluator.score, x[i : i + 1], conditions, evaluator.eta_of, evaluator.tally)
+def one_by_one(solve: Callable[[Evaluator, Tensor, int], Outcome], evaluator: Evaluator, x: Tensor) -> Outcome:
+    """Sample after sample: solve(an evaluator of sample i alone on the same count of calls, x[i : i + 1], i).
+
+    The budget is that of the run, and what is reached when it is used up holds all samples.
+    """
+    parts = list[Outcome]()
+    for i in range(len(x)):
+        row = x[i : i + 1]
+        conditions = rows_of(evaluator.conditions, slice(i, i + 1), len(x))
+        try:
+            parts.append(solve(Evaluator(evaluator.score, row, conditions, evaluator.eta_of, evaluator.tally), row, i))
+        except StepLimitError as error:
+            error.partial = torch.cat([*(p.x for p in parts), error.partial, x[i + 1 :]])
+            raise
+        except NetworkError as error:
+            error.samples = tuple(i + j for j in error.samples)
+            raise
+
+    def total(kind: str) -> int | None:
+        counts = [getattr(p, kind) for p in parts]
+        return None if None in counts else sum(counts)
+
+    return Outcome(torch.cat([p.x for p in parts]) if parts else x, total("accepted"), total("rejected"))
 
 
 class _Flow:
     """The velocity as torchdiffeq's func(t, x), with its step callbacks."""
 
-    def __init__(self, evaluator: Evaluator, s: Knot, t: Knot, max_nfe: int, x: Tensor, first: int | None) -> None:
+    def __init__(self, evaluator: Evaluator, s: Knot, t: Knot, max_nfe: int, x: Tensor, first: int) -> None:
         self.evaluator, self.low, self.high, self.max_nfe = evaluator, min(s.t, t.t), max(s.t, t.t), max_nfe
         self.ends = {s.t: s, t.t: t}
         self.accepted = self.rejected = 0
-        self.first = evaluator.tally.nfe if first is None else first
+        self.first = first
         self.last, self.state, self.slope = s.t, x, x
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
@@ -199,8 +207,10 @@ class TorchSDE:
     srk has weak order 2 and strong order 1.5; where the score is affine (Gaussian data) its strong order is 2.
 
     Fixed steps are those of the grid. Their normals come from ``sde.noise``, so sample i depends on (seed, i) alone. With
-    ``adaptive`` torchsde controls the step by ``rtol`` and ``atol`` between the grid's ends, and draws from its own
-    BrownianInterval, shared by the batch. "srk" wants the diffusion as (B, d, d), which bounds the state's size.
+    ``adaptive`` torchsde controls the step by ``rtol`` and ``atol`` between the grid's ends and draws from its own
+    BrownianInterval, whose path depends on its seed and on the steps; both are shared by the batch unless ``per_sample``:
+    then each sample is integrated by itself, from a seed made of its own first normals. "srk" wants the diffusion as
+    (B, d, d), which bounds the state's size.
     """
 
     method: str
@@ -208,6 +218,7 @@ class TorchSDE:
     rtol: float = 1e-3
     atol: float = 1e-3
     max_nfe: int = 10_000
+    per_sample: bool = False
 
     order = None
     stochastic = takes_eta = True
@@ -241,49 +252,48 @@ class TorchSDE:
         return None if self.adaptive else 1.5 if self.method == "srk" else 1.0
 
     def solve(self, evaluator: Evaluator, x: Tensor, grid: list[Knot], draw: Draw, after: After = None) -> Outcome:
-        import torchsde
-
         d = x[0].numel() if len(x) else 0
         if self.method == "srk" and len(x) * d * d > 2**27:
             raise InputError(
                 f"torchsde's srk needs a diffusion of shape ({len(x)}, {d}, {d}): too large; use torchsde_euler or "
                 "'dpmpp_2m_sde'"
             )
-        y = x.reshape(len(x), d).contiguous()
-        steps = [(grid[0], grid[-1])] if self.adaptive else list(itertools.pairwise(grid))
-        bm: Any = _Increments(draw, y)
-        for i, (s, t) in enumerate(steps):
-            span = abs(t.t - s.t)
-            if self.adaptive:
-                first = draw(0, s, s, x)  # the run's seed, through its first normals
-                entropy = int(first.reshape(-1)[0].double().view(torch.int64)) & (2**31 - 1)
-                kind = "space-time" if self.method == "srk" else "none"
-                bm = torchsde.BrownianInterval(
-                    0.0, span, size=y.shape, dtype=x.dtype, device=str(x.device), entropy=entropy, levy_area_approximation=kind
-                )
-            else:
-                bm.step = s, t
+        x = x.contiguous()
+        if not self.adaptive:
+            return self._solve(evaluator, x, grid, _Increments(draw, x.reshape(len(x), d)), after)
+        noise = [_Interval(seed) for seed in _seeds(draw, grid[0], x)]
+        if self.per_sample or not noise:
+            out = one_by_one(lambda alone, row, i: self._solve(alone, row, grid, noise[i]), evaluator, x)
+        else:
+            out = self._solve(evaluator, x, grid, noise[0])
+        only_step(after, grid, out.x, f"torchsde's adaptive {self.method}")
+        return out
+
+    def _solve(
+        self, evaluator: Evaluator, x: Tensor, grid: list[Knot], noise: _Increments | _Interval, after: After = None
+    ) -> Outcome:
+        """torchsde from knot to knot, or with step control from end to end."""
+        import torchsde
+
+        y = x.reshape(len(x), -1) if x.numel() else x.new_empty(len(x), 0)
+        options = {"method": self.method, "adaptive": self.adaptive, "rtol": self.rtol, "atol": self.atol}
+        for i, (s, t) in enumerate([(grid[0], grid[-1])] if self.adaptive else itertools.pairwise(grid)):
             field = _Reverse(evaluator, s, t, x.shape, self)
-            clock = torch.tensor([0.0, span], dtype=torch.float64, device=x.device)
-            dt = span / (len(grid) - 1) if self.adaptive else span
-            options = {"dt": dt, "adaptive": self.adaptive, "rtol": self.rtol, "atol": self.atol}
+            clock = torch.tensor([0.0, field.span], dtype=torch.float64, device=x.device)
+            options["dt"] = field.span / (len(grid) - 1) if self.adaptive else field.span
             try:
-                with torch.autocast(
-                    x.device.type, enabled=False
-                ):  # its matrix products would round; autocast is for the network
-                    y = torchsde.sdeint(field, y, clock, bm=bm, method=self.method, **options)[-1]
+                # autocast is for the network: torchsde's matrix products would round
+                with torch.autocast(x.device.type, enabled=False):
+                    y = torchsde.sdeint(field, y, clock, bm=noise.over(s, t, y), **options)[-1]
             except NetworkError as error:
                 error.step = i
                 raise
             except _NotFinite as error:
                 (slope,) = error.args
                 return Outcome((slope - slope).reshape(x.shape), None, None)  # NaN where it is not: a replay says why
-            if after is not None and not self.adaptive:
+            if after is not None:
                 after(i, y.reshape(x.shape))
-        out = y.reshape(x.shape)
-        if self.adaptive:
-            only_step(after, grid, out, f"torchsde's adaptive {self.method}")
-        return Outcome(out, None, None)
+        return Outcome(y.reshape(x.shape), None, None)
 
 
 class _Reverse:
@@ -356,6 +366,11 @@ class _Increments:
         self.levy_area_approximation = "space-time"
         self.step: tuple[Knot, Knot]
 
+    def over(self, s: Knot, t: Knot, y: Tensor) -> Any:
+        """The Brownian motion of the step from s to t."""
+        self.step = s, t
+        return self
+
     def size(self) -> tuple[int, ...]:
         return self.shape
 
@@ -371,3 +386,26 @@ class _Increments:
             return w
         # int_ta^tb (W_s - W_ta) ds = h (W/2 + H) with H ~ N(0, h/12) independent of W
         return w, h * (0.5 * w + math.sqrt(h / 12.0) * self._normal(s, s))
+
+
+@dataclass(frozen=True)
+class _Interval:
+    """The Brownian motion of a run with step control: torchsde's BrownianInterval, which the samples of the run share."""
+
+    seed: int
+
+    def over(self, s: Knot, t: Knot, y: Tensor) -> Any:
+        """The Brownian motion from s to t."""
+        from torchsde import BrownianInterval
+
+        given = {"size": y.shape, "dtype": y.dtype, "device": str(y.device), "entropy": self.seed}
+        return BrownianInterval(0.0, abs(t.t - s.t), levy_area_approximation="space-time", **given)
+
+
+def _seeds(draw: Draw, start: Knot, x: Tensor) -> list[int]:
+    """A seed a sample for generators that are not ours: the bits of its first numbers in four draws, some 100 of them (a normal
+    in half precision has 10).
+    """
+    first = torch.stack([draw(k, start, start, x).reshape(len(x), -1)[:, 0] for k in range(4)], 1)
+    bits = first.double().cpu().numpy()
+    return [int.from_bytes(row.tobytes(), "little") for row in bits]

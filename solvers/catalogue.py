@@ -414,10 +414,10 @@ SOLVERS: dict[str, Entry] = {
     "belm": Entry(BELM(), "two-step, its own inverse in sigma/alpha", "Wang et al. 2024 (O-BELM)"),
     "bdia": Entry(BELM(1.0), "two DDIM steps, forwards and backwards, with gamma = 1", "Zhang et al. 2023 (BDIA)"),
     # adaptive and library back ends
-    "dopri5": Entry(TorchDiffEq("dopri5"), "adaptive order 5", _CHEN, theory="tolerance"),
-    "dopri8": Entry(TorchDiffEq("dopri8"), "adaptive order 8", _CHEN, theory="tolerance"),
-    "bosh3": Entry(TorchDiffEq("bosh3"), "adaptive order 3", _CHEN, theory="tolerance"),
-    "adaptive_heun": Entry(TorchDiffEq("adaptive_heun"), "adaptive order 2", _CHEN, theory="tolerance"),
+    "dopri5": Entry(TorchDiffEq("dopri5"), "adaptive order 5, steps of the batch", _CHEN, theory="tolerance"),
+    "dopri8": Entry(TorchDiffEq("dopri8"), "adaptive order 8, steps of the batch", _CHEN, theory="tolerance"),
+    "bosh3": Entry(TorchDiffEq("bosh3"), "adaptive order 3, steps of the batch", _CHEN, theory="tolerance"),
+    "adaptive_heun": Entry(TorchDiffEq("adaptive_heun"), "adaptive order 2, steps of the batch", _CHEN, theory="tolerance"),
     "adaptive_bosh3": _adaptive(rk.BOSH3),
     "adaptive_dopri5": _adaptive(rk.DOPRI5),
     "adaptive_tsit5": _adaptive(rk.TSIT5),
@@ -438,7 +438,9 @@ SOLVERS: dict[str, Entry] = {
         TorchSDE("milstein"), "Milstein by torchsde; the same here, the noise being additive", _LI, eta=1.0
     ),
     "torchsde_srk": Entry(TorchSDE("srk"), "stochastic Runge-Kutta SRA by torchsde", "Roessler 2010; " + _LI, eta=1.0),
-    "torchsde_adaptive": Entry(TorchSDE("srk", adaptive=True), "the same with step control", _LI, 1.0, "tolerance"),
+    "torchsde_adaptive": Entry(
+        TorchSDE("srk", adaptive=True), "the same with step control, steps of the batch", _LI, 1.0, "tolerance"
+    ),
 }
 
 

@@ -1,15 +1,17 @@
-"""torchdiffeq behind the same call: gradients, samples one by one with their own rows, one budget for all of them."""
+"""torchdiffeq and torchsde behind the same call: gradients, samples one by one with their own rows, one budget for all."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from scores import Gaussian, Score
-from sde import VP
-from sde.errors import StepLimitError
-from solvers import integrate
-from solvers.backends import TorchDiffEq, TorchSDE, _Reverse
+from sde import VP, ReverseSDE, White
+from sde.errors import NetworkError, StepLimitError
+from solvers import SOLVERS, integrate
+from solvers.backends import TorchDiffEq, TorchSDE, _Reverse, _seeds
 from solvers.base import Evaluator
 
 PATH = VP()
@@ -65,6 +67,51 @@ def test_one_by_one_the_budget_is_that_of_the_run():
     assert torch.equal(caught.value.partial[0], each.x[0])  # done
     assert not torch.equal(caught.value.partial[1], x[1])  # on its way
     assert torch.equal(caught.value.partial[2], x[2])  # not begun
+
+
+def test_the_table_says_whose_steps_are_those_of_the_batch():
+    shared = {name for name, entry in SOLVERS.items() if getattr(entry.solver, "per_sample", True) is False}
+    adaptive = {name for name in shared if getattr(SOLVERS[name].solver, "adaptive", False)}
+    assert adaptive == {name for name, entry in SOLVERS.items() if "steps of the batch" in entry.summary} != set()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_seed_has_a_brownian_motion_of_its_own_under_step_control(dtype):
+    """A normal of half the precision has too few bits for a seed, and in float64 its low ones are zero."""
+    s = PATH.knot(1.0)
+    draws = White(seeds=range(500)).open((500, 1), dtype)
+    found = _seeds(lambda k, s, t, like: draws.normal(k, s, t), s, torch.zeros(500, 1, dtype=dtype))
+    assert len(set(found)) == 500
+
+
+def test_step_control_of_torchsde_one_by_one():
+    """Each sample as it is alone, steps and noise; the budget is that of the run, and an error names its sample."""
+    y = torch.tensor([0.1, 0.4, 0.7], dtype=torch.float64)
+    x, options = White(2).initial((3, 2), torch.float64), {"adaptive": True, "rtol": 0.05, "atol": 0.05}
+    solver, problem = TorchSDE("srk", per_sample=True, **options), ReverseSDE(PATH, Score(network, PATH), 1.0)
+    whole = integrate(solver, problem, x, TIMES, seed=5, conditions={"y": y})
+    calls = []
+    for i in range(3):
+        given = {"noise": White(5, indices=[i]), "conditions": {"y": y[i : i + 1]}}
+        for alone in (solver, TorchSDE("srk", **options)):
+            one = integrate(alone, problem, x[i : i + 1], TIMES, **given)
+            assert torch.equal(one.x[0], whole.x[i])
+        calls.append(one.nfe)
+    assert whole.nfe == sum(calls)
+    assert len(set(calls)) > 1  # their steps differ
+    assert not torch.equal(integrate(TorchSDE("srk", **options), problem, x, TIMES, seed=5, conditions={"y": y}).x, whole.x)
+
+    with pytest.raises(StepLimitError, match="max_nfe") as caught:
+        integrate(replace(solver, max_nfe=calls[0] + 9), problem, x, TIMES, seed=5, conditions={"y": y})
+    assert torch.equal(caught.value.partial[0], whole.x[0])
+    assert torch.equal(caught.value.partial[2], x[2])
+
+    def fails(x, t, y):
+        return torch.full_like(x, float("nan")) if y[0] == 0.7 else network(x, t, y)
+
+    with pytest.raises(NetworkError) as failed:
+        integrate(solver, ReverseSDE(PATH, Score(fails, PATH), 1.0), x, TIMES, seed=5, conditions={"y": y})
+    assert failed.value.samples == (2,)
 
 
 def test_torchsde_is_handed_the_knots_of_both_ends_and_not_ones_beside_them():
