@@ -50,7 +50,7 @@ from sde.errors import InputError, NetworkError, PathError, StepLimitError
 from sde.path import Path
 from sde.prediction import Knot, Prediction, Row
 
-from .backends import After, Draw, Outcome, check_control, only_step
+from .backends import After, Draw, Outcome, check_control, only_step, out_of_calls
 from .base import Affine, Evaluator, Solver, bad_output, non_finite
 
 
@@ -431,13 +431,7 @@ class _Run:
         if self.evaluator.tally.nfe - self.first + self.score.calls(*knots) > solver.max_nfe:
             left = {s.at.t: abs(self.position(self.stop) - self.position(s.at)) for s in self.samples}
             t = max(left, key=left.__getitem__)
-            raise StepLimitError(
-                f"max_nfe={solver.max_nfe} network calls used at t = {t:g} ({self.rejected} steps rejected): "
-                "raise max_nfe or the tolerances",
-                t=t,
-                rejected=self.rejected,
-                partial=self.x,
-            )
+            raise out_of_calls(solver.max_nfe, t, self.x, self.rejected)
         try:
             y = call(state)
         except NetworkError as error:

@@ -144,13 +144,7 @@ class _Flow:
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         if self.evaluator.tally.nfe - self.first + self.evaluator.score.calls() > self.max_nfe:
-            raise StepLimitError(
-                f"max_nfe={self.max_nfe} network calls used at t = {self.last:g} ({self.rejected} steps rejected): "
-                "raise max_nfe or the tolerances",
-                t=self.last,
-                rejected=self.rejected,
-                partial=self.state,
-            )
+            raise out_of_calls(self.max_nfe, self.last, self.state, self.rejected)
         if math.isnan(t.detach()):
             raise _NotFinite(self.slope)
         at = min(max(float(t.detach()), self.low), self.high)
@@ -181,6 +175,13 @@ def check_control(solver: Any) -> None:
             raise InputError(f"{name}={seen}: must be a number > 0")
     if isinstance(solver.max_nfe, bool) or not isinstance(solver.max_nfe, int) or solver.max_nfe < 1:
         raise InputError(f"max_nfe={solver.max_nfe!r}: must be an int >= 1")
+
+
+def out_of_calls(max_nfe: int, t: float, partial: Tensor, rejected: int | None = None) -> StepLimitError:
+    """The error of a run that has used up its calls at t; ``partial`` is the state reached."""
+    steps = "" if rejected is None else f" ({rejected} steps rejected)"
+    message = f"max_nfe={max_nfe} network calls used at t = {t:g}{steps}: raise max_nfe (sample's nfe=) or the tolerances"
+    return StepLimitError(message, t=t, rejected=rejected or 0, partial=partial)
 
 
 class _NotFinite(Exception):
@@ -325,12 +326,7 @@ class _Reverse:
             return self._value  # pyright: ignore[reportReturnType]
         k = self._knot(tau)
         if self.evaluator.tally.nfe + self.evaluator.score.calls(k) > self.solver.max_nfe:
-            state = y.detach().reshape(self.shape).clone()
-            raise StepLimitError(
-                f"max_nfe={self.solver.max_nfe} network calls used at t = {k.t:g}: raise max_nfe or the tolerances",
-                t=k.t,
-                partial=state,
-            )
+            raise out_of_calls(self.solver.max_nfe, k.t, y.detach().reshape(self.shape).clone())
         eta = self.evaluator.eta(k)
         extra = 0.0 if eta == 0.0 else 0.5 * eta * eta * k.g2 / k.sigma if k.sigma > 0.0 else math.inf
         if not math.isfinite(k.dsigma + extra):
