@@ -579,7 +579,8 @@ class Empirical(Exact):
                 apart = chunk - centre
                 yield chunk, ahead @ apart.T - (apart * apart).sum(-1) * (0.5 * (alpha / sigma) ** 2)
             return
-        ahead, rate = x / alpha.clamp_min(1e-12), (alpha / sigma) * math.sqrt(0.5)
+        alpha = alpha.clamp_min(1e-12)  # in both factors: at alpha = 0 the distance is |x|, which log_prob needs
+        ahead, rate = x / alpha, (alpha / sigma) * math.sqrt(0.5)
         for chunk in points.split(step):
             distance = torch.cdist(ahead, chunk, compute_mode="donot_use_mm_for_euclid_dist")
             yield chunk, -((distance * rate) ** 2)

@@ -391,6 +391,16 @@ def test_empirical_equals_a_mixture_of_points(path):
         assert (law.posterior_cov(x, t) - points.posterior_cov(x, t)).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("path", [Linear(), sde.Cosine(), sde.Tabulated.linear(zero_terminal_snr=True)])
+def test_empirical_log_prob_where_alpha_is_zero(path):
+    law, x = Empirical(path, DATA), DATA[:3] + 2.0
+    normal = -0.5 * (x.square().sum(1) + D * math.log(2.0 * math.pi))  # the law of the noise alone
+    assert (law.log_prob(x, path.T) - normal).abs().max() < 1e-11
+    mixed = law.log_prob(x, torch.tensor([path.T, 0.4 * path.T, path.T], dtype=DOUBLE))
+    assert (mixed[[0, 2]] - normal[[0, 2]]).abs().max() < 1e-11
+    assert (law.posterior_cov(x, path.T) - torch.cov(DATA.T, correction=0)).abs().max() < 1e-11
+
+
 def test_sigma_zero_picks_the_nearest_point():
     path = VP()
     x = DATA + 0.05 * torch.randn(9, D, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
