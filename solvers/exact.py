@@ -25,7 +25,7 @@ from sde.noise import clock
 from sde.path import Path
 from sde.prediction import Knot
 
-from .plan import Call, Lin, Normal, Plan, PlanRow
+from .plan import Call, Lin, Normal, Plan, PlanRow, check_path
 
 Array = NDArray[np.float64]
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
@@ -81,8 +81,9 @@ class Law:
         mean, variance = self._target(t)
         ratio = self.variance / variance
         terms = 0.5 * (ratio - 1.0 - ratio.log() + (self.mean - mean) ** 2 / variance)
-        same = (variance == 0) & (self.variance == 0) & (self.mean == mean)
-        return float(torch.where(same, torch.zeros_like(terms), terms).sum())
+        same = (self.variance == 0) & (self.mean == mean)
+        degenerate = torch.where(same, 0.0, math.inf)  # the terms are inf - inf there, or 0 / 0
+        return float(torch.where(variance == 0, degenerate, terms).sum())
 
     def mean_error(self, t: float = 0.0) -> float:
         """Euclidean distance of the means."""
@@ -240,6 +241,12 @@ _REFERENCE = -1
 
 
 def _propagate(plan: Plan, gaussian: GaussianData, reference: bool = False) -> _Registers:
+    if not all(hasattr(gaussian, name) for name in ("path", "mean", "eigenvalues", "eigenvectors")):
+        raise InputError(
+            f"gaussian is a {type(gaussian).__name__}: exact laws are those of Gaussian data; give a scores.Gaussian on the "
+            "plan's path"
+        )
+    check_path(plan, gaussian.path, "the Gaussian's path", "gaussian.path, or give gaussian.on(path)")
     mean, eigenvalues = _eigenbasis(gaussian)
     registers = _Registers(len(mean))
     registers.result = plan.states[-1]

@@ -398,19 +398,24 @@ class Program(NamedTuple):
     result: int
 
 
+def check_path(plan: Plan, path: Path, what: str, fix: str) -> None:
+    """The plan's knots are those of this path, which is ``what``."""
+    for knot, own in zip(plan.knots, path.knots([k.t for k in plan.knots]), strict=True):
+        if not (math.isclose(knot.alpha, own.alpha, rel_tol=1e-9) and math.isclose(knot.sigma, own.sigma, rel_tol=1e-9)):
+            raise InputError(
+                f"the plan was traced on {plan.path} but {what} is {path}: at t = {knot.t:g} "
+                f"(alpha, sigma) is ({knot.alpha:.6g}, {knot.sigma:.6g}) there and ({own.alpha:.6g}, {own.sigma:.6g}) here; "
+                f"trace on {fix}"
+            )
+
+
 def lower(plan: Plan, score: Predictor, in_place: bool) -> Program:
     """Express every row in states, raw outputs and normals, then give registers to slots by their last use.
 
     A call's target is u * state + v * output. Used before the next call only, it is folded into the combinations that use it
     and never computed; needed later (a multistep history), it is computed once into a slot of its own.
     """
-    for knot, own in zip(plan.knots, score.path.knots([k.t for k in plan.knots]), strict=True):
-        if not (math.isclose(knot.alpha, own.alpha, rel_tol=1e-9) and math.isclose(knot.sigma, own.sigma, rel_tol=1e-9)):
-            raise InputError(
-                f"the plan was traced on {plan.path} but the score's path is {score.path}: at t = {knot.t:g} "
-                f"(alpha, sigma) is ({knot.alpha:.6g}, {knot.sigma:.6g}) there and ({own.alpha:.6g}, {own.sigma:.6g}) here; "
-                "trace on score.path"
-            )
+    check_path(plan, score.path, "the score's path", "score.path")
     rows, states = _fold(plan, score)
     return _assign(rows, _last_uses(rows, states), states, states[-1], in_place)
 

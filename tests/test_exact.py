@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path as File
 
 import numpy as np
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.truth import Probe, probe
-from scores import Gaussian
+from scores import Gaussian, GaussianMixture
 from sde import EDM, VP, Linear, ReverseSDE
 from sde.errors import InputError
 from solvers import SOLVERS, exact_law, integrate, trace
@@ -253,6 +254,17 @@ def test_w2_and_kl_closed_forms():
     assert law.mean_error() == pytest.approx(math.hypot(m[0] - 1, m[1]))
 
 
+def test_kl_to_data_on_a_line():
+    """Data without spread in one direction: a law with some, or with another mean there, is infinitely far."""
+    data = Gaussian(VP(), torch.tensor([1.3, 2.7], dtype=torch.float64), var=torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert exact_law(trace("euler", data.path, [0.9, 0.5, 0.1, 1e-3]), data).kl() == math.inf
+    exact = exact_law(trace("ddim", data.path, [0.9, 0.5, 0.1, 0.0]), data)
+    ratio = float(exact.variance[1])
+    assert float(exact.variance[0]) == 0.0
+    assert exact.kl() == pytest.approx(0.5 * (ratio - 1.0 - math.log(ratio)))
+    assert replace(exact, mean=exact.mean + 0.1).kl() == math.inf
+
+
 def test_the_exact_solution_has_no_error():
     """One DDPM step is exact on a point mass, and the engine says so for law and path."""
     path = VP()
@@ -271,6 +283,11 @@ def test_wrong_questions_are_refused():
         flow_error(trace("ddpm", VP(), [0.5, 0.1]), data)
     with pytest.raises(InputError, match="no table"):
         trace("pc_ddpm", VP(), [0.5, 0.1])
+    plan = trace("ddim", VP(), [0.5, 0.1])
+    with pytest.raises(InputError, match=r"traced on VP.* but the Gaussian's path is EDM"):
+        exact_law(plan, data.on(EDM()))
+    with pytest.raises(InputError, match="GaussianMixture: exact laws are those of Gaussian data"):
+        exact_law(plan, GaussianMixture(VP(), [1.0], [[0.0]], [1.0]))
 
 
 def test_reverse_sde_levels_are_the_plan_s():
