@@ -41,6 +41,9 @@ class ForwardSDE:
     noise_type: ClassVar[str] = "diagonal"
     sde_type: ClassVar[str] = "ito"
 
+    def __post_init__(self) -> None:
+        _check_score(self.path, None)
+
     def drift(self, x: Tensor, t: Any) -> Tensor:
         """f x, shaped like x; infinite where alpha = 0."""
         return _shaped(self.path.f, t, x) * x
@@ -276,14 +279,20 @@ def _fit(value: Tensor, x: Tensor) -> Tensor:
 
 
 def _checked_level(name: str, value: Any) -> float:
-    if not 0.0 <= (level := float(value)) < math.inf:
+    try:
+        level = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{name} = {value!r:.80}: give a number, e.g. {name} = 1.0") from None
+    if not 0.0 <= level < math.inf:
         raise InputError(f"{name} = {level:g}: must be finite and not negative, e.g. {name} = 1.0")
     return level
 
 
 def _at_times(name: str, fn: Coefficient, t: Tensor) -> Tensor:
     """A user's function at each of the times t, checked, float64."""
-    values = [torch.as_tensor(fn(u), dtype=torch.float64, device=t.device) for u in t.reshape(-1)]
-    for u, value in zip(t.reshape(-1).tolist(), values, strict=True):
-        _checked_level(f"{name}({u:g})", value.detach())
+    values: list[Tensor] = []
+    for u in t.reshape(-1):
+        value = fn(u)
+        _checked_level(f"{name}({float(u):g})", value.detach() if isinstance(value, Tensor) else value)
+        values.append(torch.as_tensor(value, dtype=torch.float64, device=t.device).reshape(()))
     return torch.stack(values).reshape(t.shape)

@@ -393,6 +393,16 @@ def test_eta_at() -> None:
         ReverseSDE(path, score, diffusion=lambda t: 1.0).eta_at(path.knot(0.0))
 
 
+@pytest.mark.parametrize("bad", [None, "high", torch.ones(2)])
+def test_noise_levels_that_are_no_numbers(bad: Any) -> None:
+    with pytest.raises(InputError, match=r"eta = .*: give a number"):
+        ReverseSDE(VP(), eta=bad)
+    for problem in (ReverseSDE(VP(), eta=lambda t: bad), ReverseSDE(VP(), diffusion=lambda t: bad)):
+        for call in (lambda p: p.eta_at(VP().knot(0.5)), lambda p: p.diffusion(0.5)):
+            with pytest.raises(InputError, match=r"(eta|diffusion)\(0.5\) = .*: give a number"):
+                call(problem)
+
+
 @pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf])
 def test_bad_noise_levels(bad: float) -> None:
     path = VP()
@@ -418,6 +428,8 @@ def test_bad_problems() -> None:
             kind(path, None).drift(torch.zeros(2, 1), 0.5)
         with pytest.raises(InputError, match="noise path"):
             kind("vp", None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="noise path"):
+        ForwardSDE("vp")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="give one, eta or diffusion"):
         ReverseSDE(path, score, eta=0.5, diffusion=lambda t: t)
     with pytest.raises(InputError, match=r"diffusion = 2\.0: give a function"):
