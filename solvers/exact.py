@@ -50,15 +50,22 @@ class GaussianData(Protocol):
 
 @dataclass(frozen=True)
 class Law:
-    """The Gaussian law of a plan's output. ``mean`` and ``variance`` are along the eigenvectors of the data's covariance,
-    shape (d,), float64.
+    """The Gaussian law of a plan's output, float64. ``mean`` (d,) and ``covariance`` (d, d) are in the data's own coordinates,
+    ``center`` and ``variance``, (d,), are the mean and the eigenvalues along the eigenvectors of the data's covariance, on
+    which the directions are independent.
     """
 
-    mean: Tensor
+    center: Tensor
     variance: Tensor
     gaussian: GaussianData
     times: tuple[float, ...]
     nfe: int
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean in the data's own coordinates, (d,)."""
+        q = _basis(self.gaussian)
+        return self.center if q is None else q @ self.center
 
     @property
     def covariance(self) -> Tensor:
@@ -74,20 +81,20 @@ class Law:
     def w2(self, t: float = 0.0) -> float:
         """2-Wasserstein distance to the exact marginal at time t (default: the data)."""
         mean, variance = self._target(t)
-        return float(((self.mean - mean) ** 2).sum().add(((self.variance.sqrt() - variance.sqrt()) ** 2).sum()).sqrt())
+        return float(((self.center - mean) ** 2).sum().add(((self.variance.sqrt() - variance.sqrt()) ** 2).sum()).sqrt())
 
     def kl(self, t: float = 0.0) -> float:
         """KL(output || exact marginal at time t), inf where the marginal is degenerate and the output is not."""
         mean, variance = self._target(t)
         ratio = self.variance / variance
-        terms = 0.5 * (ratio - 1.0 - ratio.log() + (self.mean - mean) ** 2 / variance)
-        same = (self.variance == 0) & (self.mean == mean)
+        terms = 0.5 * (ratio - 1.0 - ratio.log() + (self.center - mean) ** 2 / variance)
+        same = (self.variance == 0) & (self.center == mean)
         degenerate = torch.where(same, 0.0, math.inf)  # the terms are inf - inf there, or 0 / 0
         return float(torch.where(variance == 0, degenerate, terms).sum())
 
     def mean_error(self, t: float = 0.0) -> float:
         """Euclidean distance of the means."""
-        return float((self.mean - self._target(t)[0]).norm())
+        return float((self.center - self._target(t)[0]).norm())
 
 
 def exact_law(plan: Plan, gaussian: GaussianData, start: str | tuple[Any, Any] = "marginal") -> Law:

@@ -228,6 +228,7 @@ def test_full_covariance_is_the_diagonal_one_rotated():
     diagonal = exact_law(plan, Gaussian(path, mean, var=values))
     full = exact_law(plan, Gaussian(path, rotation @ mean, cov=(rotation * values) @ rotation.T))
     assert full.w2() == pytest.approx(diagonal.w2(), rel=1e-9)
+    torch.testing.assert_close(full.mean, rotation @ diagonal.mean, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(full.covariance, (rotation * diagonal.variance) @ rotation.T, rtol=1e-8, atol=1e-10)
 
 
@@ -240,6 +241,7 @@ def test_low_rank_equals_full():
     full = exact_law(plan, Gaussian(path, mean, cov=factor @ factor.T + 0.1 * torch.eye(6, dtype=torch.float64)))
     assert low.w2() == pytest.approx(full.w2(), rel=1e-9)
     assert low.mean_error() == pytest.approx(full.mean_error(), rel=1e-9)
+    torch.testing.assert_close(low.mean, full.mean, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(low.covariance, full.covariance, rtol=1e-8, atol=1e-10)
 
 
