@@ -368,7 +368,9 @@ class _Normals:
 
     def _allocate(self, count: int, dtype: torch.dtype) -> Array:
         if self.xp is np:
-            return torch.empty(count, dtype=dtype).numpy()  # at the beginning of a cache line, as numpy's own are not
+            memory = np.empty(count + 16, np.float32)
+            begin = -memory.ctypes.data // 4 % 16  # of a cache line: additions and products are a third faster there
+            return memory[begin : begin + count]
         with torch.inference_mode(False):  # else scratch made in inference mode could not be written outside it
             return torch.empty(count, dtype=dtype, device=self.device)
 

@@ -14,6 +14,7 @@ The forms in (x0, eps) are used: where alpha = 0 the flow is finite though f is 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -279,20 +280,24 @@ def _fit(value: Tensor, x: Tensor) -> Tensor:
 
 
 def _checked_level(name: str, value: Any) -> float:
-    try:
-        level = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise InputError(f"{name} = {value!r:.80}: give a number, e.g. {name} = 1.0") from None
-    if not 0.0 <= level < math.inf:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number and not (isinstance(value, Tensor) and value.numel() == 1 and value.dtype is not torch.bool):
+        raise InputError(f"{name} = {value!r:.80}: give a number that is finite and not negative, e.g. {name} = 1.0")
+    if not 0.0 <= (level := float(value)) < math.inf:
         raise InputError(f"{name} = {level:g}: must be finite and not negative, e.g. {name} = 1.0")
     return level
 
 
 def _at_times(name: str, fn: Coefficient, t: Tensor) -> Tensor:
     """A user's function at each of the times t, checked, float64."""
-    values: list[Tensor] = []
+    values = list[Tensor]()
     for u in t.reshape(-1):
-        value = fn(u)
+        try:
+            value = fn(u)
+        except Exception as error:
+            raise InputError(
+                f"{name}({float(u):g}) raised {type(error).__name__}: {str(error)[:150]}; give a function of t to a number >= 0"
+            ) from error
         _checked_level(f"{name}({float(u):g})", value.detach() if isinstance(value, Tensor) else value)
         values.append(torch.as_tensor(value, dtype=torch.float64, device=t.device).reshape(()))
     return torch.stack(values).reshape(t.shape)

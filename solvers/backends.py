@@ -180,7 +180,8 @@ def check_control(solver: Any) -> None:
 def out_of_calls(max_nfe: int, t: float, partial: Tensor, rejected: int | None = None) -> StepLimitError:
     """The error of a run that has used up its calls at t; ``partial`` is the state reached."""
     steps = "" if rejected is None else f" ({rejected} steps rejected)"
-    message = f"max_nfe={max_nfe} network calls used at t = {t:g}{steps}: raise max_nfe (sample's nfe=) or the tolerances"
+    fix = "raise nfe= (of a solver object, max_nfe) or the tolerances"
+    message = f"max_nfe={max_nfe} network calls used at t = {t:g}{steps}: {fix}"
     return StepLimitError(message, t=t, rejected=rejected or 0, partial=partial)
 
 

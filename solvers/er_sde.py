@@ -60,13 +60,17 @@ class ERSDE:
 
     stages = 1
     order = strong = None
-    stochastic = linear = True
+    linear = True
     takes_eta = False
     target = "x0"
 
     def __post_init__(self) -> None:
         if self.steps not in (1, 2, 3) or self.scale not in NOISE_SCALES or self.rule not in ("exact", "published"):
             raise InputError(f"{self}: steps 1, 2 or 3, scale one of {sorted(NOISE_SCALES)}, rule 'exact' or 'published'")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.scale != "ode"
 
     @property
     def weak(self) -> float:

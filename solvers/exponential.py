@@ -56,7 +56,7 @@ class FrozenScore:
         if s.alpha == 0.0 or s.sigma == 0.0:
             raise PathError(
                 f"at t = {s.t:g} alpha = {s.alpha:g} and sigma = {s.sigma:g}: the frozen score needs both > 0 at the start "
-                "of a step"
+                "of a step; start just off it (start=...), or use 'ddpm' (to encode, 'ddim')"
             )
         eta = problem.eta(s)
         times = (s.t + 0.5 * (t.t - s.t) * (1.0 + NODES)).tolist()

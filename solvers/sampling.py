@@ -57,6 +57,7 @@ def trace(solver: Any, path: Path, times: Any, eta: Any = None) -> Plan:
         raise InputError(f"path is a {type(path).__name__}: give a sde.Path, for example VP()")
     times = _check_times(times, path)
     eta = _check_eta(solver, name, eta)
+    _check_direction(solver, name, eta, times)
     return trace_solver(solver, path, times, eta, name)
 
 
@@ -216,6 +217,7 @@ def integrate(
     eta = _check_eta(solver, name, eta)
     _check_state(x)
     times, source = _check_times(times, score.path), _source(noise, seed, seeds)
+    _check_direction(solver, name, eta, times)
     extras = _Extras(callback, trajectory, conditions, grad, progress, carry)
     return _run(solver, name, score, eta, x, times, source, extras, traced=traced)
 
@@ -647,6 +649,16 @@ def _check_eta(solver: Solver, name: str, eta: Any) -> Any:
     return float(eta)
 
 
+def _check_direction(solver: Solver, name: str, eta: Any, times: tuple[float, ...]) -> None:
+    """A reverse SDE keeps the marginals towards data only; increasing times are for the probability flow."""
+    noisy = callable(eta) or eta != 0.0 if solver.takes_eta else solver.stochastic
+    if noisy and times[0] < times[-1]:
+        raise InputError(
+            f"times increase from {times[0]:g} to {times[-1]:g}, but {name!r} is stochastic here and goes towards data: give "
+            "decreasing times, or follow the probability flow (to encode) by an ODE solver such as 'ddim'"
+        )
+
+
 def _check_times(times: Any, path: Path) -> tuple[float, ...]:
     """Strictly monotone float64 times in the path's domain, as a tuple."""
     if isinstance(times, Tensor) and times.dtype in (torch.float16, torch.bfloat16):
@@ -656,6 +668,8 @@ def _check_times(times: Any, path: Path) -> tuple[float, ...]:
         t = times.detach() if isinstance(times, Tensor) else torch.as_tensor(times, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"times={times!r:.80}: give a 1-D sequence of numbers") from error
+    if t.device.type == "meta":
+        raise InputError("times is on the device meta, where it holds no numbers: give a list, or a tensor on the CPU")
     if t.dim() != 1 or len(t) < 2 or t.dtype == torch.bool or t.is_complex():
         raise InputError(f"times has shape {tuple(t.shape)} and dtype {t.dtype}: give at least two numbers in one dimension")
     values: list[float] = t.to(torch.float64).tolist()
@@ -675,6 +689,7 @@ def _check_times(times: Any, path: Path) -> tuple[float, ...]:
     lams = path.lam(torch.tensor(values, dtype=torch.float64)).tolist()
     for i, (a, b) in enumerate(itertools.pairwise(lams)):
         if not (a < b if down else a > b):
+            path.knots(values)  # says so where alpha or sigma is negative or NaN
             raise PathError(
                 f"lambda is not monotone on {path}: lambda({values[i]:g}) = {a:g}, lambda({values[i + 1]:g}) = {b:g}"
             )
@@ -717,6 +732,11 @@ def _white(seed: int) -> White:
 
 def _source(noise: Any, seed: int, seeds: Sequence[int] | None) -> Source:
     if isinstance(noise, Source):
+        if seeds is not None or seed != 0:
+            given = f"seed={seed!r}" if seeds is None else "seeds"
+            raise InputError(
+                f"{given} and noise={type(noise).__name__}(...) are both given: seed the source, or leave noise out"
+            )
         return noise
     if noise in (None, "white"):
         return _white(seed) if seeds is None and isinstance(seed, int) else White(seed, seeds=seeds)

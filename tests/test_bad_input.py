@@ -80,6 +80,13 @@ def clear(error: BaseException, case: Case) -> None:
         assert part in text, f"{part!r} not in {text!r}"
 
 
+class Falling(VP):
+    """A path whose sigma is wrong near the data."""
+
+    def _sigma(self, t: Tensor) -> Tensor:
+        return t - 0.3
+
+
 class TwoInputs:
     def __init__(self, x: Any = None) -> None:
         pass
@@ -256,6 +263,15 @@ EVERY = [
     Case("B42 seeds negative", I, "seeds[1]", lambda s: sample(score(), (2, 2), solver=s, steps=3, seeds=[1, -2])),
     Case("seed and seeds", I, "seed", lambda s: sample(score(), (2, 2), solver=s, steps=3, seed=3, seeds=[1, 2])),
     Case("noise unknown", I, "noise='pink'|'white'", lambda s: sample(score(), (2, 2), solver=s, steps=3, noise="pink")),
+    Case(
+        "seed beside a source", I, "seed=4|White", lambda s: sample(score(), (2, 2), solver=s, steps=3, seed=4, noise=White(1))
+    ),
+    Case(
+        "seeds beside a source",
+        I,
+        "seeds|White",
+        lambda s: sample(score(), (2, 2), solver=s, steps=3, seeds=[1, 2], noise=White()),
+    ),
     Case("noise a class", I, "noise", lambda s: sample(score(), (2, 2), solver=s, steps=3, noise=White)),
     # the score
     Case(
@@ -388,6 +404,34 @@ ONCE = [
         I,
         "reverse SDE|'dopri5'",
         lambda: integrate("dopri5", ReverseSDE(VP(), score()), X, TIMES),
+    ),
+    *[
+        Case(
+            f"B28 {name} towards noise",
+            I,
+            f"{name!r}|0.1 to 0.9|decreasing|'ddim'",
+            lambda name=name: run(name, times=[0.1, 0.9]),
+        )
+        for name, entry in SOLVERS.items()
+        if not entry.deterministic
+    ],
+    Case("B28 table towards noise", I, "'ddpm'|decreasing", lambda: trace("ddpm", VP(), [0.1, 0.9])),
+    Case("B27 times on meta", I, "times|meta|CPU", lambda: run(times=torch.tensor([1.0, 0.5], device="meta"))),
+    Case(
+        "B20 sigma of an own path", P, "sigma(0.1) = -0.2", lambda: integrate("ddim", Score(network, Falling()), X, [0.9, 0.1])
+    ),
+    *[
+        Case(f"B44 eta={eta!r} of a problem", I, "eta = |e.g. eta = 1.0", lambda eta=eta: ReverseSDE(VP(), score(), eta))
+        for eta in ("1", None, True)
+    ],
+    Case("B44 eta(t) of text", I, "eta(0.5) = 'a'", lambda: ReverseSDE(VP(), score(), lambda t: "a").drift(X, 0.5)),
+    Case("B44 eta() of nothing", I, "eta(0.5) raised TypeError", lambda: ReverseSDE(VP(), score(), lambda: 1.0).drift(X, 0.5)),
+    Case("B37 names nfe", StepLimitError, "max_nfe=3|raise nfe=", lambda: sample(score(), (2, 2), solver="dopri5", nfe=3)),
+    Case(
+        "frozen score at alpha = 0",
+        P,
+        "alpha = 0|start=|'ddpm'",
+        lambda: integrate("exponential_integrator", Score(network, Linear(), "velocity"), X, [1.0, 0.5]),
     ),
     Case("B36 encode stochastic", I, "'ddpm' is stochastic|dpmpp_2m", lambda: encode(score(), X, solver="ddpm", steps=3)),
     Case("B36 encode churn", I, "'edm_sde' is stochastic", lambda: encode(score(), X, solver="edm_sde", steps=3)),

@@ -264,7 +264,7 @@ def test_kl_to_data_on_a_line():
     ratio = float(exact.variance[1])
     assert float(exact.variance[0]) == 0.0
     assert exact.kl() == pytest.approx(0.5 * (ratio - 1.0 - math.log(ratio)))
-    assert replace(exact, mean=exact.mean + 0.1).kl() == math.inf
+    assert replace(exact, center=exact.center + 0.1).kl() == math.inf
 
 
 def test_the_exact_solution_has_no_error():

@@ -614,6 +614,7 @@ def test_memory_is_a_few_states_and_freed() -> None:
             gc.enable()
             tracemalloc.stop()
         assert peak < states * state
+        assert peak > state or isinstance(source, White)  # it was measured
         assert held < 1 << 16
 
 

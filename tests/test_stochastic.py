@@ -241,7 +241,7 @@ def test_ancestral_limits():
     assert min(k.t for k in plan.knots) >= 0.0
     point = Gaussian(path, torch.full((1,), 0.3, dtype=torch.float64), var=0.0)
     assert exact_law(plan, point).w2(0.02) < 1e-12
-    with pytest.raises(PathError, match="towards data"):
+    with pytest.raises(InputError, match="towards data"):
         trace("euler_ancestral", VP(), [0.2, 0.6], 1.0)
     assert close(run("euler_ancestral", VP(), [0.2, 0.6], 0.0), run("ddim", VP(), [0.2, 0.6]))
 
@@ -576,7 +576,7 @@ def test_er_sde_limits():
             score = Score(lambda x, t: 0.5 * torch.tanh(x), Linear(), "velocity")
             for times in ([1.0, 0.5, 0.0], [1.0, 0.0], [1.0, 0.9, 0.5, 0.2]):
                 assert integrate(ERSDE(steps, scale), score, START, times).x.isfinite().all()
-    with pytest.raises(PathError, match="negative variance"):
+    with pytest.raises(InputError, match="goes towards data"):
         trace(ERSDE(1), VP(), [0.2, 0.6])
     with pytest.raises(PathError, match="negative variance"):
         trace(ERSDE(1, "sde_4"), EDM(T=1e6), [1e6, 1e4])
