@@ -75,6 +75,8 @@ def compute(config: Exact) -> dict[str, Any]:
     path = make_path(config)
     if (config.points is None) == (config.steps is None):
         raise InputError(f"give exactly one of --points and --steps, got points={config.points} and steps={config.steps}")
+    if config.points is not None and config.points < 2:
+        raise InputError(f"--points {config.points}: a grid has two at least, its ends")
     steps = config.points - 1 if config.points is not None else config.steps
     values, vectors = read_spectrum(config.eigenvalues, f"--eigenvalues {config.eigenvalues}")
     mean = torch.zeros(len(values), dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -86,3 +87,21 @@ def nearest(name: object, known: Iterable[str]) -> str:
         return f"did you mean {' or '.join(map(repr, close))}?"
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
     return f"known: {', '.join(names[:12])}{more}"
+
+
+def check_numbers(**values: object) -> None:
+    """InputError for the first of the named values that is no number, before it is compared.
+
+    A tensor or array of no dimension is one; a bool is none.
+    """
+    for name, value in values.items():
+        scalar = getattr(value, "shape", None) == () and hasattr(value, "item")
+        if isinstance(value, bool) or not (scalar or isinstance(value, numbers.Real)):
+            raise InputError(f"{name}={value!r:.80}: must be a number")
+
+
+def check_counts(**values: object) -> None:
+    """InputError for the first of the named values that is no int."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise InputError(f"{name}={value!r:.80}: must be an int")

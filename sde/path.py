@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError, PathError, PrecisionWarning
+from .errors import InputError, PathError, PrecisionWarning, check_numbers
 from .prediction import Knot
 
 
@@ -134,7 +134,9 @@ class Path(ABC):
         for v in listed:
             if not 0.0 <= v <= self.T:
                 raise InputError(f"time {v:g} is outside the domain [0, {self.T:g}] of {self}: give times in it")
-        columns = [fn(t).tolist() for fn in (self._alpha, self._sigma, self._lam, self._dalpha, self._dsigma, self._g2)]
+        columns = [self._column(name, t) for name in ("alpha", "sigma", "lam", "dalpha", "dsigma", "g2")]
+        if t.tolist() != listed:
+            raise PathError(f"{self} wrote to the times it was given: its functions must return new tensors")
         last = len(t) - 1
         rows = zip(listed, *columns, strict=True)
         places = [(i, last) if grid else (-1, -1) for i in range(len(t))]
@@ -146,6 +148,19 @@ class Path(ABC):
                     "both must be finite and >= 0, and not both 0"
                 )
         return knots
+
+    def _column(self, name: str, t: Tensor) -> list[float]:
+        """One of the path's functions at times (n,), whose class may be the user's own."""
+        try:
+            value = getattr(self, f"_{name}")(t)
+        except InputError:
+            raise
+        except Exception as error:
+            raise PathError(f"{self}: {name}(t) raised {type(error).__name__}: {str(error)[:150]}") from error
+        if not isinstance(value, Tensor) or value.shape != t.shape or not value.is_floating_point():
+            found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise PathError(f"{self}: {name}(t) is a {found} for float64 times of shape {tuple(t.shape)}: return the like")
+        return value.tolist()
 
 
 def _as_float64(t: Any) -> Tensor:
@@ -176,6 +191,7 @@ def _need(ok: bool, name: str, value: object, wanted: str) -> None:
 
 
 def _check_domain(T: float, t_min: float) -> None:
+    check_numbers(T=T, t_min=t_min)
     _need(0.0 < T < math.inf, "T", T, "the time of pure noise must be positive and finite, e.g. T=1.0")
     _need(0.0 <= t_min < T, "t_min", t_min, f"must be in [0, T) = [0, {T:g}), e.g. t_min={1e-3 * T:g}")
 
@@ -203,6 +219,7 @@ class _LinearBeta:
     beta_max: float
 
     def __post_init__(self) -> None:
+        check_numbers(beta_min=self.beta_min, beta_max=self.beta_max)
         _need(0.0 < self.beta_min < math.inf, "beta_min", self.beta_min, "must be positive and finite, e.g. beta_min=0.1")
         wanted = f"must be finite and at least beta_min = {self.beta_min!r}, e.g. beta_max=20.0"
         _need(self.beta_min <= self.beta_max < math.inf, "beta_max", self.beta_max, wanted)
@@ -306,6 +323,7 @@ class Cosine(Path):
     s: float = 0.008
 
     def __post_init__(self) -> None:
+        check_numbers(s=self.s)
         _need(0.0 < self.s < math.inf, "s", self.s, "must be positive and finite, e.g. s=0.008 (s = 0 is Trigonometric())")
 
     @property
@@ -371,6 +389,7 @@ class VE(Path):
     t_min = 0.0  # lambda is finite on all of [0, 1]
 
     def __post_init__(self) -> None:
+        check_numbers(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
         _need(0.0 < self.sigma_min < math.inf, "sigma_min", self.sigma_min, "must be positive and finite, e.g. sigma_min=0.01")
         wanted = f"must be finite and above sigma_min = {self.sigma_min!r}, e.g. sigma_max=50.0"
         _need(self.sigma_min < self.sigma_max < math.inf, "sigma_max", self.sigma_max, wanted)
@@ -501,6 +520,7 @@ class Tabulated(Path):
     ) -> Tabulated:
         """beta linear in k (Ho et al. 2020)."""
         _check_count(n)
+        check_numbers(beta_start=beta_start, beta_end=beta_end)
         return cls(_table(torch.linspace(beta_start, beta_end, n, dtype=torch.float64)), zero_terminal_snr)
 
     @classmethod
@@ -509,6 +529,7 @@ class Tabulated(Path):
     ) -> Tabulated:
         """sqrt(beta) linear in k (Rombach et al. 2022, Stable Diffusion)."""
         _check_count(n)
+        check_numbers(beta_start=beta_start, beta_end=beta_end)
         _need(beta_start > 0.0, "beta_start", beta_start, "must be in (0, 1), e.g. 0.00085")
         _need(beta_end > 0.0, "beta_end", beta_end, "must be in (0, 1), e.g. 0.012")
         root = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), n, dtype=torch.float64)
@@ -518,6 +539,7 @@ class Tabulated(Path):
     def squared_cosine(cls, n: int = 1000, max_beta: float = 0.999, *, zero_terminal_snr: bool = False) -> Tabulated:
         """1 - beta_k = cos^2 at (k + 1)/n over cos^2 at k/n, beta capped (Nichol & Dhariwal 2021; "squaredcos_cap_v2")."""
         _check_count(n)
+        check_numbers(max_beta=max_beta)
         _need(0.0 < max_beta <= 1.0, "max_beta", max_beta, "must be in (0, 1], e.g. 0.999")
         grid = torch.linspace(0.0, 1.0, n + 1, dtype=torch.float64)
         square = Cosine().alpha(grid) ** 2
@@ -764,6 +786,7 @@ class FromCoefficients(Path):
 
     def __init__(self, f: Schedule, g: Schedule, T: float = 1.0, sigma0: float = 0.0, t_min: float = 1e-3) -> None:
         _check_domain(T, t_min)
+        check_numbers(sigma0=sigma0)
         _need(0.0 <= sigma0 < math.inf, "sigma0", sigma0, "the noise level at t = 0 must be finite and not negative, e.g. 0.0")
         for name, fn in (("f", f), ("g", g)):
             _check_schedule(name, fn, T)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sde.errors import InputError, PathError
+from sde.errors import InputError, PathError, check_counts, check_numbers
 from sde.path import Path
 from sde.prediction import Knot, Prediction
 
@@ -108,6 +108,8 @@ class Langevin:
     rule: str = "snr"
 
     def __post_init__(self) -> None:
+        check_numbers(snr=self.snr)
+        check_counts(inner=self.inner)
         if not 0.0 < self.snr < math.inf:
             raise InputError(f"snr={self.snr}: must be > 0 and finite")
         if self.inner < 1 or self.rule not in ("snr", "sigma"):
@@ -176,6 +178,8 @@ class Underdamped:
     linear = True
 
     def __post_init__(self) -> None:
+        check_numbers(size=self.size, friction=self.friction)
+        check_counts(inner=self.inner)
         if not (0.0 < self.size < 2.0 and self.friction >= 0.0 and self.inner >= 1):
             raise InputError(f"{self}: 0 < size < 2 (stability), friction >= 0 and inner >= 1")
 
@@ -282,6 +286,7 @@ class Churn:
     invariant = False  # the cap is where the path ends
 
     def __post_init__(self) -> None:
+        check_numbers(s_churn=self.s_churn, s_min=self.s_min, s_max=self.s_max, s_noise=self.s_noise)
         if not (0.0 <= self.s_churn < math.inf and 0.0 < self.s_noise < math.inf and 0.0 <= self.s_min <= self.s_max):
             raise InputError(f"{self}: s_churn >= 0, s_noise > 0 and 0 <= s_min <= s_max")
         _check_single(self.inner)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sde.errors import InputError, PathError
+from sde.errors import InputError, PathError, check_counts
 from sde.prediction import Knot
 
 from .base import Form, Noise, Problem, Step
@@ -65,6 +65,7 @@ class ERSDE:
     target = "x0"
 
     def __post_init__(self) -> None:
+        check_counts(steps=self.steps)
         if self.steps not in (1, 2, 3) or self.scale not in NOISE_SCALES or self.rule not in ("exact", "published"):
             raise InputError(f"{self}: steps 1, 2 or 3, scale one of {sorted(NOISE_SCALES)}, rule 'exact' or 'published'")
 

@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from sde.errors import InputError
+from sde.errors import InputError, check_numbers
 from sde.path import Path
 from sde.prediction import Knot
 
@@ -42,6 +42,7 @@ class Consistency:
     takes_eta = False
 
     def __post_init__(self) -> None:
+        check_numbers(origin=self.origin)
         if not 0.0 <= self.origin < math.inf:
             raise InputError(f"origin={self.origin}: must be >= 0 and finite")
 
@@ -82,6 +83,7 @@ class TrajectoryConsistency:
     invariant = False
 
     def __post_init__(self) -> None:
+        check_numbers(gamma=self.gamma)
         if not 0.0 <= self.gamma <= 1.0:
             raise InputError(f"gamma={self.gamma}: must be in [0, 1]")
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sde.errors import InputError
+from sde.errors import InputError, check_numbers
 from sde.prediction import Knot, Predictor
 
 from .base import affine
@@ -72,6 +72,7 @@ class GaussianStatistics:
     breaks = np.empty(0)
 
     def __post_init__(self) -> None:
+        check_numbers(std=self.std)
         if not 0.0 < self.std < math.inf:
             raise InputError(f"std={self.std!r}: must be a standard deviation > 0 (0.5 for images in [-1, 1])")
 

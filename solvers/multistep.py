@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from sde.errors import InputError, PathError
+from sde.errors import InputError, PathError, check_counts
 from sde.path import Path
 from sde.prediction import Knot, Prediction
 
@@ -52,6 +52,7 @@ class Multistep:
     linear = True
 
     def __post_init__(self) -> None:
+        check_counts(steps=self.steps)
         if self.steps < 1 or self.target not in TARGETS or self.basis not in BASES or self.rule not in RULES:
             raise InputError(
                 f"{self}: steps >= 1, target 'x0', 'eps' or 'velocity', basis one of {sorted(BASES)}, rule one of {RULES}"

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sde.errors import InputError, PathError
+from sde.errors import InputError, PathError, check_counts, check_numbers
 from sde.prediction import Knot
 
 from .base import Form, Noise, Problem, Step
@@ -312,6 +312,8 @@ class AnnealedLangevin:
     invariant = True
 
     def __post_init__(self) -> None:
+        check_numbers(size=self.size)
+        check_counts(inner=self.inner)
         if self.inner < 1 or not 0.0 < self.size < math.inf:
             raise InputError(f"{self}: inner >= 1 and size > 0")
 

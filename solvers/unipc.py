@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sde.errors import InputError
+from sde.errors import InputError, check_counts
 from sde.prediction import Knot, Prediction
 
 from .base import Form, Noise, Problem, Step
@@ -49,6 +49,7 @@ class UniPC:
     invariant = True
 
     def __post_init__(self) -> None:
+        check_counts(steps=self.steps)
         known = self.variant in ("bh1", "bh2", "exact")
         if not 1 <= self.steps <= 6 or not known or self.target not in ("x0", "eps"):
             raise InputError(f"{self}: 1 <= steps <= 6, variant 'bh1', 'bh2' or 'exact', target 'x0' or 'eps'")
@@ -170,6 +171,7 @@ class AdamsMoulton:
     start_rule = "order 2 first step, then growing"
 
     def __post_init__(self) -> None:
+        check_counts(predictor=self.predictor, corrector=self.corrector)
         if self.predictor < 1 or self.corrector < 2 or self.target not in TARGETS or self.basis not in BASES:
             raise InputError(
                 f"{self}: predictor >= 1, corrector >= 2, target 'x0', 'eps' or 'velocity', basis one of {sorted(BASES)}"

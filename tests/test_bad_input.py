@@ -6,6 +6,7 @@ Cases that reach the solvers run with one of every kind: traced, stochastic, wit
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -22,7 +23,20 @@ from rows import one_of_each_kind
 from torch import Tensor, nn
 
 from scores import Gaussian, Score
-from sde import EDM, VE, VP, Cosine, FromCoefficients, FromFunctions, Linear, ProbabilityFlow, ReverseSDE, Tabulated
+from sde import (
+    EDM,
+    VE,
+    VP,
+    Cosine,
+    FromCoefficients,
+    FromFunctions,
+    Linear,
+    Path,
+    ProbabilityFlow,
+    ReverseSDE,
+    SubVP,
+    Tabulated,
+)
 from sde.errors import (
     BudgetWarning,
     CallbackError,
@@ -883,3 +897,71 @@ def test_errors_have_one_base():
     assert issubclass(InputError, ValueError)
     assert issubclass(PathError, InputError)
     assert issubclass(NetworkError, RuntimeError)
+
+
+def numbers_of(thing: Any) -> dict[str, bool]:
+    """The fields of a solver or path that hold a number, and whether they may be None."""
+    fields = {f.name: f for f in dataclasses.fields(thing) if f.init}
+    values = {name: getattr(thing, name) for name in fields}
+    held = [name for name, value in values.items() if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    return {name: "None" in str(fields[name].type) for name in held}
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [*{type(e.solver): e.solver for e in SOLVERS.values()}.values(), Langevin(), VP(), SubVP(), VE(), EDM(), Cosine()],
+    ids=lambda thing: type(thing).__name__,
+)
+def test_a_constant_that_is_no_number_is_refused(thing):
+    for name, optional in numbers_of(thing).items():
+        for wrong in ("a", [1], torch.ones(2), float("nan"), *([] if optional else [None])):
+            with pytest.raises(InputError, match=name):
+                dataclasses.replace(thing, **{name: wrong})
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Own(Path):
+    """A user's path whose alpha does what it should not."""
+
+    wrong: Callable[[Tensor], Any]
+    T = 1.0
+    t_min = 1e-3
+
+    def _alpha(self, t: Tensor) -> Any:
+        return self.wrong(t)
+
+    def _sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def _dalpha(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def _dsigma(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def _g2(self, t: Tensor) -> Tensor:
+        return 2.0 * t / (1.0 - t)
+
+    def _lam(self, t: Tensor) -> Tensor:
+        return torch.log((1.0 - t) / t)
+
+    def _time(self, lam: Tensor) -> Tensor:
+        return torch.sigmoid(-lam)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda t: 0.5, r"alpha\(t\) is a float"),
+        (lambda t: torch.tensor(0.5), r"alpha\(t\) is a torch.float32 of shape \(\)"),
+        (lambda t: torch.ones_like(t).long(), r"alpha\(t\) is a torch.int64"),
+        (lambda t: t.mul_(0.5), "wrote to the times"),
+        (lambda t: t.no_such_thing(), r"alpha\(t\) raised AttributeError"),
+        (lambda t: t * math.nan, r"alpha\(0.9\) = nan"),
+    ],
+    ids=["float", "shape", "int", "mutates", "raises", "nan"],
+)
+def test_a_users_own_path_is_checked(wrong, said):
+    assert [k.alpha for k in Own(lambda t: 1.0 - t).knots([0.9, 0.1])] == [1.0 - 0.9, 0.9]
+    with pytest.raises(PathError, match=said):
+        Own(wrong).knots([0.9, 0.1])
