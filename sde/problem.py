@@ -63,6 +63,10 @@ class ForwardSDE:
 
     def marginal(self, x0: Tensor, t: Any) -> tuple[Tensor, Tensor]:
         """(mean, std) of q(x_t | x_0): alpha_t x0, shaped like x0, and sigma_t, which broadcasts against it."""
+        t = _as_float64(t)
+        outside = ~((t >= 0.0) & (t <= self.path.T))  # the formulas go on there, without meaning
+        if bool(outside.any()):
+            raise InputError(f"t = {float(t[outside][0]):g} is outside [0, {self.path.T:g}] of {self.path}: give times in it")
         return _shaped(self.path.alpha, t, x0) * x0, _shaped(self.path.sigma, t, x0)
 
     def transition(self, s: Any, t: Any) -> tuple[Tensor, Tensor]:

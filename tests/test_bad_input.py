@@ -28,6 +28,7 @@ from sde import (
     VE,
     VP,
     Cosine,
+    ForwardSDE,
     FromCoefficients,
     FromFunctions,
     Linear,
@@ -398,6 +399,7 @@ ONCE = [
     Case("table of one", I, "betas", lambda: Tabulated((0.1,))),
     Case("table NaN", I, "betas[0] = nan", lambda: Tabulated((math.nan, 0.1))),
     Case("B28 knot outside", I, "1.5|[0, 1]", lambda: VP().knot(1.5)),
+    Case("B28 training times", I, "t = 7|[0, 1]", lambda: ForwardSDE(VP()).marginal(X, torch.tensor([0.5, 7.0, 0.1, 1.0]))),
     Case("knot NaN", I, "nan|[0, 1]", lambda: VP().knot(math.nan)),
     # names
     Case("B34 solver", I, "'dpmpp2m'|'dpmpp_2m'", lambda: run("dpmpp2m")),
