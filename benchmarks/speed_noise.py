@@ -17,6 +17,7 @@ from sde.noise import Brownian, White
 from sde.prediction import Knot
 
 SHAPES = ((4096, 2), (16, 3, 32, 32), (64, 3, 64, 64))
+SMALL = ((16, 2), (16, 28, 28))  # where the fixed cost of a draw shows
 CELLS = (64, 128, 256, 1024)
 STEPS = (20, 64)
 
@@ -84,7 +85,7 @@ def brownian(shape: Sequence[int], steps: int, seconds: float = 6.0) -> dict[str
 def main() -> None:
     torch.set_num_threads(1)
     print(f"{'one draw':28}{'randn us':>10}{'White us':>10}{'ratio':>8}")
-    for shape in SHAPES:
+    for shape in (*SMALL, *SHAPES):
         for dtype in (torch.float32, torch.float64):
             randn, ours = white(shape, dtype)
             label = f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"

@@ -99,7 +99,8 @@ class White(Source):
     """Independent normals, a function of (seed, i, k): the knots play no part.
 
     ``indices`` are the samples' numbers, 0 ... B - 1 unless given. ``seeds`` gives one seed a sample instead; sample j is then
-    number 0 of seeds[j]. A new (seed, index) pair costs about 3 microseconds a draw, a run of consecutive indices that once.
+    number 0 of seeds[j]. On a CPU in float32 a draw costs 9 microseconds and 1.2 to 1.3 times torch.randn; a new (seed, index)
+    pair costs 2 microseconds more, a run of consecutive indices that once.
 
     Reference: Salmon et al. 2011, doi:10.1145/2063384.2063405.
     """
