@@ -114,7 +114,8 @@ def sample(
     grid    : a name of GRIDS or a function (path, n, start, stop) -> n + 1 times
     start, stop : first and last time, default T and the path's t_min;  stop=0 ends at the data
     seed    : sample i is a function of (seed, i) alone; seeds= gives one seed a sample
-    noise   : "white" (independent), "brownian" (a path that all grids share), or a source of sde.noise
+    noise   : "white" (independent), "brownian" (a path that all grids share; for the strong error of more than 16 steps
+              Brownian(seed, cells) with four cells a step), or a source of sde.noise
     dtype   : of the state (default float32, or float64 where the network's parameters are);  device: of the state
     callback, trajectory, conditions, grad, progress, carry: as for ``integrate``
     """
