@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sde.errors import InputError, NetworkError, PathError, PrecisionWarning, ToolkitError, TrainModeWarning, nearest
-from sde.path import Path
+from sde.path import Path, check_inside
 from sde.prediction import OUTPUTS, Knot, Prediction, Predictor, Row, Tally, solve_row
 
 TimeFunction = Callable[[Tensor], Tensor]
@@ -489,9 +489,7 @@ def levels(path: Path, t: Any, x: Tensor) -> Knot:
                 raise
             raise InputError(f"t={t!r}: give a number or a tensor of shape () or (B,)") from None
     t = t.detach().to(torch.float64)
-    outside = ~((t >= 0.0) & (t <= path.T))
-    if bool(outside.any()):
-        raise InputError(f"time {float(t[outside][0]):g} is outside the domain [0, {path.T:g}] of {path}: give times in it")
+    check_inside(path, t)
     columns: Any = (t, path.alpha(t), path.sigma(t), path.lam(t), path.dalpha(t), path.dsigma(t), path.g2(t))
     return Knot(*columns)
 

@@ -89,14 +89,17 @@ def nearest(name: object, known: Iterable[str]) -> str:
     return f"known: {', '.join(names[:12])}{more}"
 
 
-def check_numbers(**values: object) -> None:
-    """InputError for the first of the named values that is no number, before it is compared.
+def is_number(value: Any) -> bool:
+    """Whether it is a real number, or a tensor or array that holds one and has no dimension; a bool is none."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
-    A tensor or array of no dimension is one; a bool is none.
-    """
+
+def check_numbers(**values: object) -> None:
+    """InputError for the first of the named values that is no number, before it is compared."""
     for name, value in values.items():
-        scalar = getattr(value, "shape", None) == () and hasattr(value, "item")
-        if isinstance(value, bool) or not (scalar or isinstance(value, numbers.Real)):
+        if not is_number(value):
             raise InputError(f"{name}={value!r:.80}: must be a number")
 
 

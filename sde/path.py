@@ -131,9 +131,7 @@ class Path(ABC):
         if t.dim() != 1:
             raise InputError(f"times has shape {tuple(t.shape)}: give a 1-D sequence of times")
         listed = t.tolist()
-        for v in listed:
-            if not 0.0 <= v <= self.T:
-                raise InputError(f"time {v:g} is outside the domain [0, {self.T:g}] of {self}: give times in it")
+        check_inside(self, t)
         columns = [self._column(name, t) for name in ("alpha", "sigma", "lam", "dalpha", "dsigma", "g2")]
         if t.tolist() != listed:
             raise PathError(f"{self} wrote to the times it was given: its functions must return new tensors")
@@ -161,6 +159,13 @@ class Path(ABC):
             found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise PathError(f"{self}: {name}(t) is a {found} for float64 times of shape {tuple(t.shape)}: return the like")
         return value.tolist()
+
+
+def check_inside(path: Path, t: Tensor) -> None:
+    """InputError where one of the times t is not in [0, T]."""
+    outside = ~((t >= 0.0) & (t <= path.T))
+    if bool(outside.any()):
+        raise InputError(f"time {float(t[outside][0]):g} is outside the domain [0, {path.T:g}] of {path}: give times in it")
 
 
 def _as_float64(t: Any) -> Tensor:

@@ -14,7 +14,6 @@ The forms in (x0, eps) are used: where alpha = 0 the flow is finite though f is 
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,8 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .errors import InputError
-from .path import Path, _as_float64, _in_float64
+from .errors import InputError, is_number
+from .path import Path, _as_float64, _in_float64, check_inside
 from .prediction import Knot, Prediction, Predictor
 
 Coefficient = Callable[[Tensor], Any]
@@ -64,9 +63,7 @@ class ForwardSDE:
     def marginal(self, x0: Tensor, t: Any) -> tuple[Tensor, Tensor]:
         """(mean, std) of q(x_t | x_0): alpha_t x0, shaped like x0, and sigma_t, which broadcasts against it."""
         t = _as_float64(t)
-        outside = ~((t >= 0.0) & (t <= self.path.T))  # the formulas go on there, without meaning
-        if bool(outside.any()):
-            raise InputError(f"t = {float(t[outside][0]):g} is outside [0, {self.path.T:g}] of {self.path}: give times in it")
+        check_inside(self.path, t)  # the formulas go on there, without meaning
         return _shaped(self.path.alpha, t, x0) * x0, _shaped(self.path.sigma, t, x0)
 
     def transition(self, s: Any, t: Any) -> tuple[Tensor, Tensor]:
@@ -284,8 +281,7 @@ def _fit(value: Tensor, x: Tensor) -> Tensor:
 
 
 def _checked_level(name: str, value: Any) -> float:
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number and not (isinstance(value, Tensor) and value.numel() == 1 and value.dtype is not torch.bool):
+    if not is_number(value.detach().squeeze() if isinstance(value, Tensor) else value):
         raise InputError(f"{name} = {value!r:.80}: give a number that is finite and not negative, e.g. {name} = 1.0")
     if not 0.0 <= (level := float(value)) < math.inf:
         raise InputError(f"{name} = {level:g}: must be finite and not negative, e.g. {name} = 1.0")
@@ -302,6 +298,6 @@ def _at_times(name: str, fn: Coefficient, t: Tensor) -> Tensor:
             raise InputError(
                 f"{name}({float(u):g}) raised {type(error).__name__}: {str(error)[:150]}; give a function of t to a number >= 0"
             ) from error
-        _checked_level(f"{name}({float(u):g})", value.detach() if isinstance(value, Tensor) else value)
+        _checked_level(f"{name}({float(u):g})", value)
         values.append(torch.as_tensor(value, dtype=torch.float64, device=t.device).reshape(()))
     return torch.stack(values).reshape(t.shape)

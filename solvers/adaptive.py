@@ -30,8 +30,8 @@ Everything that decides a step is computed in an order that does not depend on t
 the network's own, are those it has alone. One decision a step needs the host (E, a number a sample); labels and coefficients of
 the whole step are moved right after it, while the device is idle, so nothing else waits.
 
-On the host a step costs about a millisecond a sample: for thousands of samples of a few numbers each the shared step of
-torchdiffeq is faster.
+On the host a step costs some tenths of a millisecond a sample: for thousands of samples of a few numbers each the shared step
+of torchdiffeq is faster.
 """
 
 from __future__ import annotations

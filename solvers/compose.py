@@ -407,10 +407,6 @@ class Ancestral:
         eta, flow = problem.eta(s), Flow(problem)
         if eta == 0.0 or t.sigma == 0.0:
             return Step(self.inner.step(flow, x, s, t, None, noise).x)
-        if rho(t) > rho(s):
-            raise PathError(
-                f"t = {s.t:g} -> {t.t:g}: an ancestral step goes towards data; use eta = 0 or a decreasing grid to encode"
-            )
         below = SPLITS[self.rule](rho(s), rho(t), eta)
         d = problem.path.knot_at(-math.log(below) if below > 0.0 else math.inf)  # at most the time of the path's lowest level
         return Step(renoise(self.inner.step(flow, x, s, d, None, noise).x, d, t, noise(s, t)))

@@ -78,7 +78,7 @@ class DPMSolverV3:
     invariant = False  # see above
 
     def __post_init__(self) -> None:
-        check_counts(steps=self.steps, **({} if self.corrector is None else {"corrector": self.corrector}))
+        check_counts(steps=self.steps, corrector=0 if self.corrector is None else self.corrector)
         if self.steps < 1 or self.corrector not in (None, 0, 1) or self.pseudo not in ("", "predictor", "corrector", "both"):
             raise InputError(f"{self}: steps >= 1, corrector None, 0 or 1, pseudo '', 'predictor', 'corrector' or 'both'")
         if self.corrector == 0 and self.steps == 1:

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from sde.errors import InputError, PathError
 from sde.prediction import Knot
 
 from .base import Form, Noise, Step
+from .stochastic import check_variance_preserving
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,7 @@ class LearnedVariance:
     invariant = False
 
     def step(self, problem: Any, x: Form, s: Knot, t: Knot, carry: Any, noise: Noise) -> Step:
-        if abs(s.alpha**2 + s.sigma**2 - 1.0) > 1e-9:
-            raise PathError(
-                f"alpha^2 + sigma^2 = {s.alpha**2 + s.sigma**2:.4g} at t = {s.t:g}: a learned variance is that of a "
-                "variance-preserving path; use 'ddpm'"
-            )
-        if t.t > s.t:
-            raise InputError(f"t = {s.t:g} -> {t.t:g}: a learned variance is that of a step towards data; use 'ddim' to encode")
+        check_variance_preserving(s, "a learned variance")
         pair, v = problem.predict_with_variance(x, s)
         if t.sigma == 0.0:
             return Step(t.alpha * pair.x0)

@@ -251,6 +251,13 @@ class StochasticRungeKutta:
         return Step(advance(tableau.b, tableau.p, tableau.q))
 
 
+def check_variance_preserving(k: Knot, what: str) -> None:
+    """PathError where alpha^2 + sigma^2 is not 1."""
+    total = k.alpha**2 + k.sigma**2
+    if abs(total - 1.0) > 1e-9:
+        raise PathError(f"alpha^2 + sigma^2 = {total:.9g} at t = {k.t:g}: {what} needs a variance-preserving path; use 'ddpm'")
+
+
 @dataclass(frozen=True)
 class DiscreteDDPM:
     """DDPM with a table beta_k = g(s)^2 (s - t), as Pierret & Galerne (2025) discretise it; variance-preserving paths only,
@@ -273,17 +280,11 @@ class DiscreteDDPM:
     invariant = False
 
     def step(self, problem: Problem, x: Form, s: Knot, t: Knot, carry: Any, noise: Noise) -> Step:
-        if abs(s.alpha**2 + s.sigma**2 - 1.0) > 1e-9:
-            raise PathError(
-                f"alpha^2 + sigma^2 = {s.alpha**2 + s.sigma**2:.4g} at t = {s.t:g}: ddpm_discrete needs a "
-                "variance-preserving path; use 'ddpm'"
-            )
+        check_variance_preserving(s, "ddpm_discrete")
         if problem.eta(s) != 1.0:
             raise InputError(
                 f"eta = {problem.eta(s):g}: ddpm_discrete is defined for eta = 1; use 'ddpm' for other noise levels"
             )
-        if t.t > s.t:
-            raise InputError(f"t = {s.t:g} -> {t.t:g}: ddpm_discrete goes towards data; use 'ddim' to encode")
         beta = min(s.g2 * (s.t - t.t), 0.999)
         mean = (1.0 / math.sqrt(1.0 - beta)) * (x - (beta / s.sigma) * problem.predict(x, s).eps)
         return Step(mean + math.sqrt(beta) * noise(s, t))

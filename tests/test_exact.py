@@ -346,6 +346,10 @@ def test_the_command_line_prints_one_json_line(tmp_path):
 
 
 def test_the_command_line_says_what_is_wrong(tmp_path):
+    np.save(tmp_path / "one.npy", np.ones(1))
+    out = command("--eigenvalues", str(tmp_path / "one.npy"), "--points", "1")
+    assert out.returncode == 2
+    assert "--points 1" in out.stderr
     out = command("--eigenvalues", str(tmp_path / "missing.npy"), "--points", "5")
     assert out.returncode == 2
     assert "missing.npy" in out.stderr

@@ -481,15 +481,7 @@ def test_discrete_ddpm_clips_beta_and_takes_any_number_of_steps():
     score = Score(lambda x, t: torch.tanh(x), zero, "v")
     assert integrate("ddpm_discrete", ReverseSDE(zero, score, 1.0), START, [1.0, 0.5]).x.isfinite().all()
     with pytest.raises(InputError, match="towards data"):
-        DiscreteDDPM().step(_Level(1.0), START, path.knot(0.2), path.knot(0.5), None, None)
-
-
-class _Level:
-    def __init__(self, eta):
-        self.level = eta
-
-    def eta(self, knot):
-        return self.level
+        trace(DiscreteDDPM(), path, [0.2, 0.5], 1.0)
 
 
 # --- ER-SDE -----------------------------------------------------------------------------------------------------------
